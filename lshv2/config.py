@@ -1,0 +1,208 @@
+"""Settings: typed, frozen and strict, with the usage guide's keys and defaults.
+
+Each section owns one part of a run; `lshv2.presets.make_settings` builds them all from a preset and overrides.
+A section built by hand raises pydantic's ValidationError; `make_settings` turns that into one line.
+
+Left out on purpose: no environment variables and no configuration files besides the run's own `config.json`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+def parse_size(text: str) -> int:
+    """`"100M"` -> 100_000_000; K, M and B are allowed."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", text)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"size {text!r} is not a number with K, M or B, such as 100M")
+    return int(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The model's shape. Defaults are the documented 100M configuration (about 101 M distinct parameters)."""
+
+    vocab_size: PositiveInt = 32_000
+    d_model: PositiveInt = 768
+    n_layers: PositiveInt = 24
+    n_heads: PositiveInt = 12
+    n_kv_heads: PositiveInt = 4
+    max_seq_len: PositiveInt = 131_072
+    bucket_size: PositiveInt = 128
+    use_ponder: bool = True
+    weight_tied_layers: PositiveInt = 6
+    d_ff: PositiveInt = Field(3072, description="hidden width of the SwiGLU feed-forward")
+    n_rounds: PositiveInt = Field(4, description="hash rounds R")
+    window: PositiveInt = Field(256, description="tokens every query sees just before it, itself included")
+    n_global: NonNegativeInt = Field(4, description="attention sinks: first tokens of a document that all see")
+    n_buckets: PositiveInt | None = Field(
+        None, description="buckets per round, a power of two; None takes the one nearest max_seq_len / bucket_size"
+    )
+    attention: Literal["lsh", "dense", "window"] = Field("lsh", description="dense and window are the twins")
+    hashing: Literal["codebooks", "cross_polytope"] = "codebooks"
+    codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
+    rotary_fraction: Fraction = Field(0.5, description="part of each head's dimensions that carries positions")
+    rotary_base: PositiveFloat = 10_000.0
+    ponder_prior: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.4, description="λ_p of the geometric prior")
+    ponder_beta: NonNegativeFloat = Field(0.01, description="weight of the KL to that prior")
+    ponder_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.5, description="a token halts at the first step whose cumulative halting probability reaches this"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}")
+        if (self.d_model // self.n_heads) % 4:
+            raise ValueError(f"head dimension {self.d_model // self.n_heads} (d_model / n_heads) is not a multiple of 4")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.n_layers % self.weight_tied_layers:
+            raise ValueError(
+                f"n_layers={self.n_layers} is not a multiple of weight_tied_layers={self.weight_tied_layers}"
+            )
+        if self.n_buckets is not None and self.n_buckets & (self.n_buckets - 1):
+            raise ValueError(f"n_buckets={self.n_buckets} is not a power of two")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def n_ponder_steps(self) -> int:
+        """How often the distinct blocks are applied."""
+        return self.n_layers // self.weight_tied_layers
+
+    @property
+    def resolved_n_buckets(self) -> int:
+        """Buckets per round: a property of the capacity, never of the number of tokens seen so far."""
+        if self.n_buckets is not None:
+            return self.n_buckets
+        return 2 ** max(1, round(math.log2(max(2.0, self.max_seq_len / self.bucket_size))))
+
+
+class DataConfig(Section):
+    """What phase 2 prepares: real text for the language model, synthetic sequences for the probes."""
+
+    source: str | None = Field(
+        None, description="a .txt/.md/.py/.jsonl file or a folder of them; None: Python's standard library sources"
+    )
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="part of the documents held out")
+    max_bytes: PositiveInt | None = Field(None, description="read at most this much text, whole documents; None: all")
+    synthetic_seq_length: PositiveInt = Field(4096, description="tokens in a copy or needle sequence")
+    num_synthetic_train: PositiveInt = Field(1_000, description="copy and needle sequences each, train split")
+    num_synthetic_eval: PositiveInt = Field(100, description="copy and needle sequences each, eval split")
+
+
+class TrainingConfig(Section):
+    """Language-model training (guide: TrainingConfig)."""
+
+    model_size: str = Field("100M", description='distinct parameters, such as "1M" or "1.5B"; sets the shape')
+    seq_length: PositiveInt = 131_072
+    batch_size: PositiveInt = 1
+    num_epochs: PositiveInt = 5
+    learning_rate: PositiveFloat = 1e-4
+    num_train_sequences: PositiveInt = 1_000
+    num_eval_sequences: PositiveInt = 100
+    gradient_checkpoint: bool = True
+    profile_components: bool = True
+    num_workers: NonNegativeInt = 2
+    min_learning_rate_ratio: Fraction = Field(0.1, description="end of the cosine, over learning_rate")
+    warmup_fraction: Fraction = 0.02
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    grad_clip: PositiveFloat = 1.0
+    log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    eval_every: PositiveInt = Field(250, description="steps between evaluations")
+    checkpoint_every: PositiveInt = Field(250, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        parse_size(self.model_size)
+        return self
+
+
+class RecallConfig(Section):
+    """Multi-query associative recall: a small model of the same code, trained on synthetic sequences."""
+
+    seq_length: PositiveInt = 256
+    n_pairs: PositiveInt = 16
+    vocab_size: Annotated[int, Field(ge=8)] = 512
+    d_model: PositiveInt = 128
+    n_layers: PositiveInt = 2
+    n_heads: PositiveInt = 4
+    n_kv_heads: PositiveInt = 4
+    window: PositiveInt = 16
+    bucket_size: PositiveInt = 16
+    n_buckets: PositiveInt = 16
+    batch_size: PositiveInt = 64
+    num_train_sequences: PositiveInt = 100_000
+    num_eval_sequences: PositiveInt = 512
+    learning_rate: PositiveFloat = 1e-3
+    eval_every: PositiveInt = 200
+
+    @model_validator(mode="after")
+    def _check(self) -> RecallConfig:
+        if 4 * self.n_pairs > self.seq_length:
+            raise ValueError(f"n_pairs={self.n_pairs} needs a seq_length of at least {4 * self.n_pairs}")
+        if self.n_pairs > self.vocab_size // 2 - 1:
+            raise ValueError(f"n_pairs={self.n_pairs} needs a vocab_size above {2 * self.n_pairs + 1}")
+        return self
+
+
+class BenchmarkConfig(Section):
+    """Long-Arena: cost by length, each length in its own process (guide: BenchmarkConfig)."""
+
+    sequence_lengths: tuple[PositiveInt, ...] = (1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
+    num_samples_per_length: PositiveInt = 10
+    max_memory_gb: PositiveFloat = 16.0
+    timeout_seconds: PositiveFloat = 300
+    attentions: tuple[Literal["lsh", "dense", "window"], ...] = ("lsh", "dense")
+    batch_size: PositiveInt = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict):  # JSON has no tuples; strict validation wants one
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> BenchmarkConfig:
+        lengths = self.sequence_lengths
+        if not lengths or list(lengths) != sorted(set(lengths)):
+            raise ValueError(f"sequence_lengths={list(lengths)} must be increasing and not empty")
+        if not self.attentions:
+            raise ValueError("attentions must name at least one of lsh, dense, window")
+        return self
+
+
+class Settings(Section):
+    """All that determines a run, besides the machine and the code."""
+
+    preset: Literal["quick", "full", "test"] = "full"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    nproc: PositiveInt = Field(1, description="processes that train together")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainingConfig = TrainingConfig()
+    recall: RecallConfig = RecallConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
