@@ -1,0 +1,63 @@
+"""LSH attention: one operator, one dispatch point, one oracle.
+
+    out = lsh_attention(q, k, v, q_buckets, k_buckets, n_buckets=1024, bucket_size=128, window=256, n_global=4)
+
+Query token t sees each key s in  S(t) = Local(t) ∪ Global(t) ∪ Bucket_1(t) ∪ … ∪ Bucket_R(t):
+    Local(t)    = the `window` most recent tokens, t included
+    Global(t)   = the first `n_global` tokens of the document, as far as they are past
+    Bucket_r(t) = the `bucket_size` most recent keys s <= t with k_buckets[r, s] == q_buckets[r, t]
+and out(t) is one softmax over that union of q·k/√D: a key counts once, however many rounds found it.
+Output at t depends on tokens <= t only. Memory is linear in T. Bucket ids come from `lshv2.hashing`, or anywhere.
+
+Backends: "reference" (dense mask, the oracle), "torch" (sorted tiles, any device). `backend=None` chooses, here alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lshv2.attention.reference import lsh_attention_reference, visible_set
+from lshv2.attention.tiled import lsh_attention_tiled
+
+__all__ = ["BACKENDS", "lsh_attention", "visible_set"]
+
+BACKENDS = {"reference": lsh_attention_reference, "torch": lsh_attention_tiled}
+
+
+def lsh_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
+    window: int, n_global: int = 0, cu_seqlens: Tensor | None = None, backend: str | None = None,
+) -> Tensor:
+    """Attention over S(t), differentiable in q, k and v.
+
+    q [B,H,T,D]; k, v [B,K,T,D] with H a multiple of K; q_buckets [B,H,R,T], k_buckets [B,K,R,T] integers in
+    [0, n_buckets); cu_seqlens [documents + 1] ascending from 0 to T: no token sees another document.
+    Returns [B,H,T,D] in q's dtype. Raises ValueError on shapes that do not fit or an unknown backend.
+    """
+    _check(q, k, v, q_buckets, k_buckets, n_buckets, bucket_size, window, n_global)
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
+        raise ValueError(f"cu_seqlens must be a vector of at least two bounds, got shape {tuple(cu_seqlens.shape)}")
+    name = backend or "torch"
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; allowed: {', '.join(BACKENDS)}")
+    return BACKENDS[name](
+        q, k, v, q_buckets, k_buckets, bucket_size=bucket_size, window=window, n_global=n_global, cu_seqlens=cu_seqlens
+    )
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, n_buckets: int, bucket_size: int,
+    window: int, n_global: int,
+) -> None:
+    batch, n_heads, length, dim = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[2:] != (length, dim) or n_heads % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not [B,H,T,D], [B,K,T,D]")
+    rounds = q_buckets.shape[2]
+    for name, ids, heads in (("q_buckets", q_buckets, n_heads), ("k_buckets", k_buckets, k.shape[1])):
+        if ids.shape != (batch, heads, rounds, length):
+            raise ValueError(f"{name} {tuple(ids.shape)} is not [B,heads,R,T] = {(batch, heads, rounds, length)}")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"{name} must be integers, got {ids.dtype}")
+    if min(n_buckets, bucket_size, window) < 1 or n_global < 0:
+        raise ValueError(f"{n_buckets=}, {bucket_size=} and {window=} must be at least 1, {n_global=} at least 0")

@@ -1,0 +1,93 @@
+"""Checkpoints: one safetensors file a step, written atomically, found through `last.json`, verified by sha256.
+
+Tensors `model.<name>`, `optimizer.<index>.<key>`, `rng.cpu` (and `rng.cuda`); everything that is not a tensor is JSON
+in the file's metadata under "state". safetensors holds no code and no pickles, but accepts flipped bits: hence the
+sha256 in `last.json`. A damaged newest file falls back to the one before, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lshv2.errors import UserError
+from lshv2.runs import atomic_path, read_json, sha256, write_json
+
+LAST = "last.json"
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write `step_<n>.safetensors`, then `last.json`; delete all but the newest `keep` files."""
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    path = folder / f"step_{step:08d}.safetensors"
+    with atomic_path(path) as temporary:
+        packed = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_file(packed, temporary, metadata={"state": json.dumps({**state, "step": step})})
+    listed, _ = read_json(folder / LAST)
+    older = [e for e in (listed or {}).get("history", []) if e["step"] < step and (folder / e["file"]).exists()]
+    history = [*older, {"file": path.name, "sha256": sha256(path), "step": step}][-keep:]
+    write_json(folder / LAST, {**history[-1], "history": history})
+    for stale in set(folder.glob("step_*.safetensors")) - {folder / e["file"] for e in history}:
+        stale.unlink()
+    return path
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose sha256 holds, and a line for each newer one that was passed over."""
+    listed, problem = read_json(folder / LAST)
+    if listed is None:
+        return None, [] if problem and "missing" in problem else [str(problem)]
+    notes = []
+    for entry in reversed(listed["history"]):
+        path = folder / entry["file"]
+        if path.exists() and sha256(path) == entry["sha256"]:
+            return path, notes
+        notes.append(f"checkpoint {path} is {'damaged' if path.exists() else 'missing'}: falling back to the one before")
+    return None, notes
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by name, and the state. Raises `UserError` when the file is not a checkpoint of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a readable checkpoint ({error}): delete it and rerun the training") from None
+
+
+def load_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Weights into the model; `UserError` naming the first tensor that does not fit."""
+    own = model.state_dict()
+    weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    for name in own.keys() | weights.keys():
+        if name not in weights or name not in own or weights[name].shape != own[name].shape:
+            raise UserError(
+                f"{source} was made with another model shape (tensor {name}): use its own settings, or FORCE=1 to retrain"
+            )
+    model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Optimizer moments and the RNG states as they were when the checkpoint was written."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = x
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])

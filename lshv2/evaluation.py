@@ -1,0 +1,70 @@
+"""Evaluation: held-out loss, bits per byte and accuracy. Training, the report and the package's check share this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lshv2.losses import IGNORE
+from lshv2.model import LSHModel
+
+Batch = tuple[Tensor, Tensor]  # input_ids [B,T], labels [B,T]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over scored tokens: `loss` in nats; `accuracy` of the most likely token; ponder steps a token."""
+
+    loss: float
+    accuracy: float
+    ponder_steps: float
+    tokens: int
+    bits_per_byte: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: LSHModel,
+    batches: Iterable[Batch],
+    autocast: Callable[[], Any],
+    token_bytes: Tensor | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Loss and accuracy of `model` in `eval()` (left in the mode it was found in).
+
+    token_bytes [V]: bytes that each token stands for; with it, bits per byte = Σ nats / ln 2 / Σ bytes of scored tokens.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    nats = hits = n_bytes = steps = 0.0
+    scored = seen = 0
+    for input_ids, labels in batches:
+        input_ids, labels = input_ids.to(device), labels.to(device)
+        with autocast():
+            out = model(input_ids, labels=labels)
+        assert out.cross_entropy is not None
+        where = labels[:, 1:] != IGNORE
+        targets = labels[:, 1:][where]
+        predicted = _most_likely(out.hidden[:, :-1][where], out.head)
+        nats += out.cross_entropy.double().sum().item()
+        hits += (predicted == targets).sum().item()
+        scored += int(where.sum())
+        steps += out.ponder_steps.double().sum().item()
+        seen += input_ids.numel()
+        if token_bytes is not None:
+            n_bytes += token_bytes.to(device)[targets].double().sum().item()
+        on_batch()
+    model.train(was_training)
+    per_byte = nats / math.log(2) / n_bytes if n_bytes else None
+    return Evaluation(nats / max(scored, 1), hits / max(scored, 1), steps / max(seen, 1), scored, per_byte)
+
+
+def _most_likely(hidden: Tensor, head: Tensor, rows: int = 4096) -> Tensor:
+    """argmax over the vocabulary, some rows at a time: [M,d], [V,d] -> [M]."""
+    return torch.cat([(h @ head.to(h.dtype).T).argmax(-1) for h in hidden.split(rows)])

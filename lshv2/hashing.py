@@ -1,0 +1,110 @@
+"""Bucket ids: which tokens may find each other. Hashing stands apart from attention, so any ids can be tested.
+
+A hash is a table of directions; a vector's bucket is the direction that it points along most:
+
+    bucket_ids(x [B,H,T,D], tables [K,R,P,C,Dp]) -> int32 [B,H,R,T]      (H = G·K; head h uses tables[h // G])
+
+P parts of C directions give C**P buckets a round ("product form", so that many buckets stay cheap); a part reads
+the whole vector (Dp = D) or its own slice of it (Dp = D / P).
+  - cross-polytope LSH (Andoni et al. 2015): C = [A, -A] of a seeded Gaussian A, every part on the whole vector.
+  - codebooks (data-dependent LSH): unit centroids, each part on its slice; `update_codebooks` moves them by an
+    exponential average of the queries and keys that they caught (no gradient; frozen at evaluation).
+Queries and keys are hashed separately by the same function, which sees one token's vector and nothing else: that is
+what keeps attention strictly causal.
+
+Legend: B batch, H query heads, K key/value heads, T tokens, D head dim, R rounds, P parts, C directions a part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
+
+
+def parts_for(n_buckets: int) -> tuple[int, ...]:
+    """Directions of each part: 32 -> (32,), 1024 -> (32, 32), 512 -> (32, 16)."""
+    if n_buckets & (n_buckets - 1) or n_buckets < 1:
+        raise ValueError(f"n_buckets={n_buckets} is not a power of two")
+    if n_buckets <= MAX_SINGLE:
+        return (n_buckets,)
+    bits = n_buckets.bit_length() - 1
+    return (1 << (bits - bits // 2), 1 << (bits // 2))
+
+
+def cross_polytope_tables(
+    n_kv_heads: int, n_rounds: int, n_buckets: int, head_dim: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Seeded Gaussian directions and their opposites: one [K,R,C,D] table a part."""
+    tables = []
+    for size in parts_for(n_buckets):
+        half = torch.randn(n_kv_heads, n_rounds, max(1, size // 2), head_dim, generator=generator)
+        tables.append(torch.cat([half, -half], dim=2)[:, :, :size])
+    return tables
+
+
+def codebook_tables(
+    n_kv_heads: int, n_rounds: int, n_buckets: int, head_dim: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Random unit centroids to start from: one [K,R,C,D/P] table a part."""
+    sizes = parts_for(n_buckets)
+    shapes = [(n_kv_heads, n_rounds, size, head_dim // len(sizes)) for size in sizes]
+    return [torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1) for shape in shapes]
+
+
+def _slices(x: Tensor, tables: list[Tensor]) -> list[Tensor]:
+    """What each part reads of x [B,H,T,D]: its own slice, or all of it."""
+    if sum(table.shape[-1] for table in tables) == x.shape[-1]:
+        return list(x.split([table.shape[-1] for table in tables], dim=-1))
+    return [x] * len(tables)
+
+
+def part_ids(x: Tensor, table: Tensor) -> Tensor:
+    """Nearest direction of one part: x [B,H,T,Dp], table [K,R,C,Dp] -> int64 [B,H,R,T]."""
+    batch, n_heads, length, dim = x.shape
+    n_kv, rounds, size, _ = table.shape
+    grouped = x.reshape(batch, n_kv, -1, dim)  # [B,K,G*T,Dp]: the heads of a group share their table
+    scores = grouped @ table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype)  # [B,K,G*T,R*C]
+    ids = scores.view(batch, n_kv, n_heads // n_kv, length, rounds, size).argmax(-1)  # [B,K,G,T,R]
+    return ids.permute(0, 1, 2, 4, 3).reshape(batch, n_heads, rounds, length)
+
+
+@torch.no_grad()
+def bucket_ids(x: Tensor, tables: list[Tensor]) -> Tensor:
+    """Buckets of x [B,H,T,D] by tables (one [K,R,C,Dp] a part) -> int32 [B,H,R,T] in [0, Π C)."""
+    result: Tensor | None = None
+    for piece, table in zip(_slices(x, tables), tables, strict=True):
+        ids = part_ids(piece, table)
+        result = ids if result is None else result * table.shape[2] + ids
+    assert result is not None
+    return result.to(torch.int32)
+
+
+@torch.no_grad()
+def codebook_sums(x: Tensor, ids: Tensor, tables: list[Tensor]) -> list[Tensor]:
+    """Sum of the unit vectors that each centroid caught: like tables, for `update_codebooks`.
+
+    x [B,H,T,D], ids int [B,H,R,T] from `bucket_ids`. Summed over batch, tokens and the heads of a group.
+    """
+    batch, n_heads, rounds, length = ids.shape
+    sums, rest = [], ids.long()
+    for piece, table in reversed(list(zip(_slices(x, tables), tables, strict=True))):
+        n_kv, _, size, dim = table.shape
+        part, rest = rest % size, rest // size
+        unit = torch.nn.functional.normalize(piece.float(), dim=-1)
+        unit = unit.reshape(batch, n_kv, -1, dim).transpose(0, 1).reshape(n_kv, 1, -1, dim)
+        where = part.view(batch, n_kv, -1, rounds, length).permute(1, 3, 0, 2, 4).reshape(n_kv, rounds, 1, -1)
+        caught = where == torch.arange(size, device=x.device)[:, None]  # [K,R,C,M]: a product with it is deterministic
+        sums.append(caught.to(unit.dtype) @ unit)  # and, on a CPU, several times faster than index_add
+    return sums[::-1]
+
+
+@torch.no_grad()
+def update_codebooks(tables: list[Tensor], sums: list[Tensor], decay: float) -> None:
+    """Move each centroid that caught anything towards the mean direction of its catch, in place, and renormalise."""
+    for table, total in zip(tables, sums, strict=True):
+        caught = total.norm(dim=-1, keepdim=True) > 0
+        target = torch.nn.functional.normalize(total, dim=-1)
+        moved = torch.nn.functional.normalize(decay * table + (1 - decay) * target.to(table.dtype), dim=-1)
+        table.copy_(torch.where(caught, moved, table))

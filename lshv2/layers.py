@@ -1,0 +1,135 @@
+"""One transformer block: attention with QK-norm, token shift and partial rotary positions, then SwiGLU.
+
+Legend: B batch, T tokens, d model width, H query heads, K key/value heads, D head dim, R hash rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.utils import skip_init
+
+from lshv2.attention import lsh_attention
+from lshv2.config import ModelConfig
+from lshv2.hashing import bucket_ids, codebook_sums, codebook_tables, cross_polytope_tables, update_codebooks
+from lshv2.profiling import region
+
+CODEBOOK_TOKENS = 2048  # at most this many tokens of a batch move the codebooks each step: enough for a mean direction
+
+
+def rotary_angles(length: int, config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, rotated / 2] of the first `rotary_fraction` of each head's dimensions (Su et al. 2021)."""
+    half = int(config.head_dim * config.rotary_fraction) // 2
+    frequency = config.rotary_base ** (-torch.arange(half, device=device, dtype=torch.float32) / max(half, 1))
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B,heads,T,D]: pairs (i, i + half) of the leading dimensions turn, the rest stays content-only."""
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: "lsh", or its twins "dense" (SDPA) and "window" (no bucket rounds)."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        d, dim = config.d_model, config.head_dim
+        self.query = skip_init(nn.Linear, d, config.n_heads * dim, bias=False)
+        self.key = skip_init(nn.Linear, d, config.n_kv_heads * dim, bias=False)
+        self.value = skip_init(nn.Linear, d, config.n_kv_heads * dim, bias=False)
+        self.out = skip_init(nn.Linear, config.n_heads * dim, d, bias=False)
+        self.shift = nn.Parameter(torch.full((d,), 0.5))  # μ: how much of the previous token a key also carries
+        self.log_temperature = nn.Parameter(torch.zeros(config.n_heads))  # QK-norm bounds logits by √D without it
+        make = codebook_tables if config.hashing == "codebooks" else cross_polytope_tables
+        tables = make(config.n_kv_heads, config.n_rounds, config.resolved_n_buckets, dim, generator)
+        self.n_tables = len(tables) if config.attention == "lsh" else 0
+        for i in range(self.n_tables):
+            self.register_buffer(f"table{i}", tables[i])
+            self.register_buffer(f"sum{i}", torch.zeros_like(tables[i]), persistent=False)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """Hash directions, one [K,R,C,Dp] a part."""
+        return [self.get_buffer(f"table{i}") for i in range(self.n_tables)]
+
+    @property
+    def sums(self) -> list[Tensor]:
+        return [self.get_buffer(f"sum{i}") for i in range(self.n_tables)]
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,T,d] -> unrotated, normalised q [B,H,T,D], k [B,K,T,D], and v [B,K,T,D]."""
+        dim = self.config.head_dim
+        shifted = x + self.shift.to(x.dtype) * pad(x, (0, 0, 1, 0))[:, :-1]  # x_t + μ x_{t−1}: strictly causal
+        q, k, v = (
+            layer(source).unflatten(-1, (-1, dim)).transpose(1, 2)
+            for layer, source in ((self.query, x), (self.key, shifted), (self.value, x))
+        )
+        return rms_norm(q, (dim,)).to(v.dtype), rms_norm(k, (dim,)).to(v.dtype), v
+
+    def hash(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Bucket ids of unrotated q and k: [B,H,R,T], [B,K,R,T]; while training, notes what moves the codebooks."""
+        with region("hashing"):
+            q_ids, k_ids = bucket_ids(q, self.tables), bucket_ids(k, self.tables)
+            if self.training and self.config.hashing == "codebooks":
+                stride = max(1, q.shape[0] * q.shape[2] // CODEBOOK_TOKENS)
+                for x, ids in ((q, q_ids), (k, k_ids)):
+                    caught = codebook_sums(x.detach()[:, :, ::stride], ids[..., ::stride], self.tables)
+                    for total, more in zip(self.sums, caught, strict=True):
+                        total += more
+            return q_ids, k_ids
+
+    @torch.no_grad()
+    def update_hash(self) -> None:
+        """Move the codebooks by what the last step's tokens were; call after the optimizer step."""
+        if self.n_tables and self.config.hashing == "codebooks":
+            update_codebooks(self.tables, self.sums, self.config.codebook_decay)
+            for total in self.sums:
+                total.zero_()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B,T,d] -> [B,T,d]."""
+        config = self.config
+        q, k, v = self.project(x)
+        if config.attention == "lsh":
+            q_ids, k_ids = self.hash(q, k)
+        else:
+            q_ids = torch.zeros(q.shape[0], config.n_heads, 0, x.shape[1], dtype=torch.int32, device=x.device)
+            k_ids = q_ids[:, : config.n_kv_heads]
+        q = rotate(q, cos, sin) * self.log_temperature.exp().to(q.dtype)[:, None, None]
+        k = rotate(k, cos, sin)
+        if config.attention == "dense":
+            with region("dense_attn"):
+                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=config.n_heads != config.n_kv_heads)
+        else:
+            out = lsh_attention(
+                q, k, v, q_ids, k_ids, n_buckets=config.resolved_n_buckets, bucket_size=config.bucket_size,
+                window=config.window, n_global=config.n_global,
+            )
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU feed-forward, each with its residual."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        d = config.d_model
+        self.attention_norm, self.ff_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.attention = Attention(config, generator)
+        self.gate = skip_init(nn.Linear, d, config.d_ff, bias=False)
+        self.up = skip_init(nn.Linear, d, config.d_ff, bias=False)
+        self.down = skip_init(nn.Linear, config.d_ff, d, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B,T,d] -> [B,T,d]."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        h = self.ff_norm(x)
+        with region("feed_forward"):
+            return x + self.down(silu(self.gate(h)) * self.up(h))

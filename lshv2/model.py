@@ -1,0 +1,192 @@
+"""The LSH v2 language model: tied blocks applied in ponder steps, LSH attention in each.
+
+    model = create_lsh_v2_model(vocab_size=32000, target_params="100M")
+    out = model(input_ids)                    # out.logits [B,T,vocab], computed when read
+    out = model(input_ids, labels=input_ids)  # out.loss, without storing all logits
+
+`n_layers` blocks are `weight_tied_layers` distinct ones applied `n_layers / weight_tied_layers` times; one pass over
+the distinct ones is a ponder step. While training every step answers and the losses are weighed by the halting
+distribution; in `eval()` a token halts at the first step whose cumulative halting probability reaches
+`ponder_threshold`, keeps its state from there on, and that state answers.
+
+Not here yet: decoding with a cache, compaction of halted tokens.
+Legend: B batch, T tokens, d model width, V vocabulary, N ponder steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
+
+from lshv2.config import ModelConfig, parse_size
+from lshv2.errors import UserError
+from lshv2.layers import Block, rotary_angles
+from lshv2.losses import IGNORE, token_cross_entropy
+from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
+from lshv2.profiling import region
+from lshv2.sizes import SHAPE_KEYS, shape_for
+
+
+@dataclass
+class LMOutput:
+    """What a forward gives: `hidden` [B,T,d] that answers, `ponder_steps` [B,T], and with labels `loss` (scalar).
+
+    `cross_entropy` [B,T] are the nats of predicting labels[t] at t − 1 from the answering state (zero where unscored):
+    sum it for bits per byte. It is None while training with Ponder, where N states answer.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    ponder_steps: Tensor
+    loss: Tensor | None = None
+    cross_entropy: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[B,T,V], computed at each read: 131,072 x 32,000 of them are not kept by accident."""
+        return self.hidden @ self.head.to(self.hidden.dtype).T
+
+
+class LSHModel(nn.Module):
+    """The model of a `ModelConfig`; weights are drawn from a generator seeded with `seed`."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.config = config
+        self.gradient_checkpoint = False  # the trainer's choice, not a property of the weights
+        self.embedding = skip_init(nn.Embedding, config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, generator) for _ in range(config.weight_tied_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.head = skip_init(nn.Linear, config.d_model, config.vocab_size, bias=False)
+        if config.use_ponder:
+            self.step_embedding = nn.Parameter(torch.zeros(config.n_ponder_steps, config.d_model))
+            self.halt = skip_init(nn.Linear, config.d_model, 1)
+        self._initialise(generator)
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith((".out", ".down")):  # the residual stream's variance stays near one over the depth
+                    std /= (2 * self.config.n_layers) ** 0.5
+                module.weight.normal_(0.0, std, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        self.embedding.weight.normal_(0.0, 1.0, generator=generator)
+        self.head.weight.mul_(0.5)  # near-uniform first predictions
+        if self.config.use_ponder:
+            self.halt.weight.zero_()
+            prior = self.config.ponder_prior
+            self.halt.bias.fill_(torch.tensor(prior / (1 - prior)).log())  # start at the prior
+
+    def _step(self, x: Tensor, n: int, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Ponder step n: every distinct block once. x [B,T,d] -> [B,T,d]."""
+        if self.config.use_ponder:
+            x = x + self.step_embedding[n].to(x.dtype)
+        for block in self.blocks:
+            if self.gradient_checkpoint and self.training:
+                x = checkpoint(block, x, *angles, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, *angles)
+        return x
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LMOutput:
+        """input_ids int64 [B,T]; labels int64 [B,T]: labels[t] is predicted at t − 1, -100 is not scored.
+
+        Raises ValueError when T is above `max_seq_len`.
+        """
+        config = self.config
+        length = input_ids.shape[1]
+        if length > config.max_seq_len:
+            raise ValueError(f"{length} tokens are more than max_seq_len={config.max_seq_len}")
+        angles = rotary_angles(length, config, input_ids.device)
+        x = self.embedding(input_ids)
+        if self.training and config.use_ponder:
+            return self._train_ponder(x, angles, labels)
+        x, steps = self._halting(x, angles) if config.use_ponder else self._full_depth(x, angles)
+        out = LMOutput(self.norm(x), self.head.weight, steps)
+        if labels is not None:
+            with region("head_loss"):
+                out.cross_entropy = self._token_loss(out.hidden, labels)
+                out.loss = out.cross_entropy.sum() / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
+        return out
+
+    def _full_depth(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        for n in range(self.config.n_ponder_steps):
+            x = self._step(x, n, angles)
+        return x, x.new_full(x.shape[:2], self.config.n_ponder_steps, dtype=torch.float32)
+
+    def _train_ponder(self, x: Tensor, angles: tuple[Tensor, Tensor], labels: Tensor | None) -> LMOutput:
+        states, halts, losses = [], [], []
+        for n in range(self.config.n_ponder_steps):
+            x = self._step(x, n, angles)
+            state = self.norm(x)
+            states.append(state)
+            halts.append(self.halt(state).squeeze(-1).float())
+            if labels is not None:
+                with region("head_loss"):
+                    losses.append(self._token_loss(state, labels))
+        log_p = halting_log_probs(torch.stack(halts))
+        out = LMOutput(states[-1], self.head.weight, expected_steps(log_p.detach()))
+        if labels is not None:
+            # token t − 1 answers for label t: its own halting distribution weighs that loss
+            aligned = torch.cat([log_p[..., :1], log_p[..., :-1]], dim=-1)
+            scored = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels[:, 1:] != IGNORE], dim=1)
+            out.loss = ponder_loss(
+                torch.stack(losses), aligned, scored, prior=self.config.ponder_prior, beta=self.config.ponder_beta
+            )
+        return out
+
+    def _halting(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Deterministic halting: the state of each token at the step where it halts, and the steps it took."""
+        go_on = x.new_ones(x.shape[:2], dtype=torch.float32)  # Π (1 − λ), so that 1 − go_on is the cumulative p
+        active = torch.ones_like(go_on, dtype=torch.bool)
+        steps = torch.zeros_like(go_on)
+        for n in range(self.config.n_ponder_steps):
+            moved = self._step(x, n, angles)
+            x = torch.where(active[..., None], moved, x)  # a halted token keeps its state for later ones to attend to
+            steps += active
+            go_on = go_on * (1 - self.halt(self.norm(moved)).squeeze(-1).float().sigmoid())
+            active = active & (1 - go_on < self.config.ponder_threshold)
+            if n + 1 < self.config.n_ponder_steps and not active.any():
+                break
+        return x, steps
+
+    def _token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[B,T,d], labels [B,T] -> nats [B,T]; position 0 is never predicted."""
+        flat = token_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten())
+        return torch.nn.functional.pad(flat.view(labels.shape[0], -1), (1, 0))
+
+    def update_hash(self) -> None:
+        """Let the hash codebooks follow the last training step's queries and keys; after the optimizer step."""
+        for block in self.blocks:
+            block.attention.update_hash()  # type: ignore[union-attr,operator]
+
+    def count_parameters(self) -> int:
+        """Distinct trainable parameters: a tied block counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def create_lsh_v2_model(
+    vocab_size: int = 32_000, target_params: str = "100M", *, seed: int = 0, **overrides: Any
+) -> LSHModel:
+    """A model with `target_params` distinct parameters within 5 %; "100M" is the documented configuration.
+
+    overrides: any `ModelConfig` field, such as `n_layers=12` or `attention="dense"`; shape fields given here are kept.
+    Raises `UserError` when no shape fits, for instance because the vocabulary alone is larger.
+    """
+    try:
+        fixed = {"vocab_size": vocab_size, **overrides}
+        shape = shape_for(parse_size(target_params), **fixed)
+        return LSHModel(ModelConfig(**{**{k: shape[k] for k in SHAPE_KEYS}, **fixed}), seed=seed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None

@@ -1,0 +1,48 @@
+"""PonderNet's halting distribution and loss (Banino, Balaguer & Blundell 2021), one value per token.
+
+After ponder step n a head gives the halting probability λ_n, conditional on not having halted before:
+
+    p_n = λ_n Π_{j<n} (1 − λ_j),  the remainder going to the last step N (a network that has run out must answer)
+    loss = Σ_n p_n · CE_n  +  β · KL(p ‖ Geometric(λ_p) truncated at N and renormalised)
+
+both per token. The direction of the KL and the renormalised prior matter: reversed or unnormalised forms have another
+minimum. Legend: N steps, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def halting_log_probs(halt_logits: Tensor) -> Tensor:
+    """halt_logits [N,B,T] (logits of λ_n; the last step's is not used) -> log p [N,B,T], summing to one over N."""
+    go_on = logsigmoid(-halt_logits[:-1]).cumsum(0)  # log Π_{j<=n} (1 − λ_j)
+    before = torch.cat([torch.zeros_like(halt_logits[:1]), go_on])  # log Π_{j<n} (1 − λ_j)
+    stop = torch.cat([logsigmoid(halt_logits[:-1]), torch.zeros_like(halt_logits[:1])])  # the remainder: λ_N = 1
+    return before + stop
+
+
+def truncated_geometric(n_steps: int, prior: float) -> Tensor:
+    """The prior over steps 1..N: λ_p (1 − λ_p)^(n−1), renormalised. [N], sums to one."""
+    weights = prior * (1 - prior) ** torch.arange(n_steps, dtype=torch.float64)
+    return (weights / weights.sum()).float()
+
+
+def ponder_loss(cross_entropy: Tensor, log_p: Tensor, scored: Tensor, *, prior: float, beta: float) -> Tensor:
+    """Mean over scored tokens of Σ_n p_n CE_n + β KL(p ‖ prior).
+
+    cross_entropy, log_p [N,B,T]; scored bool [B,T]. Returns a scalar; zero when nothing is scored.
+    """
+    p = log_p.exp()
+    expected = (p * cross_entropy).sum(0)
+    log_prior = truncated_geometric(log_p.shape[0], prior).log().to(log_p)
+    divergence = (p * (log_p - log_prior[:, None, None])).sum(0)
+    return ((expected + beta * divergence) * scored).sum() / scored.sum().clamp_min(1)
+
+
+def expected_steps(log_p: Tensor) -> Tensor:
+    """Mean number of steps under the halting distribution: [N,B,T] -> [B,T]."""
+    steps = torch.arange(1, log_p.shape[0] + 1, device=log_p.device, dtype=log_p.dtype)
+    return (log_p.exp() * steps[:, None, None]).sum(0)

@@ -1,0 +1,98 @@
+"""Phase 3: train the language model on real text, then the recall probe on synthetic sequences.
+
+    train_run(run)      # resumes by itself; writes metrics.jsonl, training_metrics.json, component_profiles.json
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import torch
+
+from lshv2.config import ModelConfig, Settings
+from lshv2.data import chance, ensure, language_dataset, load_token_bytes, synthetic_dataset
+from lshv2.metrics import write_training_metrics
+from lshv2.model import LSHModel
+from lshv2.runs import SCHEMA, Run, write_json
+from lshv2.trainer import Task, Trainer, pick_device
+
+LANGUAGE_MODEL, RECALL = "language_model", "recall"
+
+
+def language_task(run: Run) -> Task:
+    """The language model's task, as the run's settings say."""
+    train = run.settings.train
+    return Task(
+        LANGUAGE_MODEL, language_dataset(run, "train"), language_dataset(run, "eval"), train.batch_size,
+        train.num_epochs, train.learning_rate, train.eval_every, torch.from_numpy(load_token_bytes(run)),
+        profile=train.profile_components, gradient_checkpoint=train.gradient_checkpoint,
+    )
+
+
+def recall_task(run: Run) -> Task:
+    """Multi-query associative recall at its training length, scored at the answers only."""
+    recall = run.settings.recall
+    return Task(
+        RECALL, synthetic_dataset(run, "recall", "train"), synthetic_dataset(run, "recall", "eval"), recall.batch_size, 1,
+        recall.learning_rate, recall.eval_every,
+    )
+
+
+def recall_model_config(settings: Settings) -> ModelConfig:
+    """The probe's model: the same attention and hashing as the run's, at the probe's size, at full depth."""
+    recall = settings.recall
+    return settings.model.model_copy(
+        update=dict(
+            vocab_size=recall.vocab_size, d_model=recall.d_model, n_layers=recall.n_layers, n_heads=recall.n_heads,
+            n_kv_heads=recall.n_kv_heads, max_seq_len=recall.seq_length, bucket_size=recall.bucket_size,
+            n_buckets=recall.n_buckets, window=recall.window, d_ff=2 * recall.d_model, use_ponder=False,
+            weight_tied_layers=recall.n_layers,
+        )
+    )
+
+
+def train_run(run: Run) -> dict[str, Any]:
+    """Train both tasks from where they stand; returns the content of `training_metrics.json`."""
+    settings = run.settings
+    data = ensure(run)
+    device = pick_device()
+    language = Trainer(run, language_task(run), LSHModel(settings.model, settings.seed))
+    scalars = {
+        "device": _device_name(device), "parameters": language.model.count_parameters(),
+        "threads": torch.get_num_threads(), "order2_bits_per_byte": data["order2_bits_per_byte"],
+    }
+    language.fit()
+    scalars["seconds"] = language.seconds
+    if settings.train.profile_components:
+        write_profile(run, language)
+    write_training_metrics(run, "running", scalars, {})
+    probe = Trainer(run, recall_task(run), LSHModel(recall_model_config(settings), settings.seed))
+    probe.fit()
+    recall = {
+        "parameters": probe.model.count_parameters(), "seconds": probe.seconds,
+        "chance": chance("recall", settings.recall.vocab_size),
+    }
+    return write_training_metrics(run, "done", scalars, recall)
+
+
+def write_profile(run: Run, trainer: Trainer) -> dict[str, Any]:
+    """`component_profiles.json`: medians over the profiled training steps, exclusive parts in milliseconds."""
+    names = dict.fromkeys(name for profile in trainer.profiles for name in profile if name != "step")
+    parts = {f"{name}_ms": median(p.get(name, 0.0) for p in trainer.profiles) for name in names}
+    step = median(p["step"] for p in trainer.profiles)
+    train = run.settings.train
+    content = {
+        "schema": SCHEMA, "device": _device_name(trainer.device),
+        "dtype": "float32" if trainer.autocast_dtype is None else str(trainer.autocast_dtype).removeprefix("torch."),
+        "seq_length": train.seq_length, "batch_size": train.batch_size, "n_steps": len(trainer.profiles), "step_ms": step,
+        "step_samples_ms": [p["step"] for p in trainer.profiles],
+        **{f"{name}_ms": parts.get(f"{name}_ms", 0.0) for name in ("hashing", "bucket_attn", "global")},
+        "components_ms": parts, "sum_ms": sum(parts.values()), "coverage": sum(parts.values()) / step,
+    }
+    write_json(run.file("component_profiles.json"), content)
+    return content
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
