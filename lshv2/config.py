@@ -103,7 +103,9 @@ class DataConfig(Section):
         None, description="a .txt/.md/.py/.jsonl file or a folder of them; None: Python's standard library sources"
     )
     eval_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="part of the documents held out")
-    max_bytes: PositiveInt | None = Field(None, description="read at most this much text, whole documents; None: all")
+    max_bytes: PositiveInt | None = Field(
+        None, description="use at most this much text, whole documents in seeded order; None: all"
+    )
     synthetic_seq_length: PositiveInt = Field(4096, description="tokens in a copy or needle sequence")
     num_synthetic_train: PositiveInt = Field(1_000, description="copy and needle sequences each, train split")
     num_synthetic_eval: PositiveInt = Field(100, description="copy and needle sequences each, eval split")

@@ -35,7 +35,8 @@ class Progress:
         if not os.environ.get(RUNNER_ENV):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=self.total, initial=self.start, desc=self.label, unit=self.unit)
+            self.bar = tqdm(total=self.total, initial=self.start, desc=self.label, unit=self.unit,
+                            unit_scale=self.unit == "B")
         self._write(force=True)
         return self
 
@@ -44,7 +45,7 @@ class Progress:
         self.done += n
         self.figures.update(figures)
         if self.bar is not None:
-            self.bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in self.figures.items()})
+            self.bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in self.figures.items()}, refresh=False)
             self.bar.update(n)
         self._write()
 

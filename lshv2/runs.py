@@ -171,7 +171,7 @@ def read_json(path: Path) -> tuple[Any, str | None]:
         return json.loads(path.read_text(encoding="utf-8")), None
     except FileNotFoundError:
         return None, f"{path.name} is missing"
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, an endless integer
         return None, f"{path.name} is unreadable: {error.__class__.__name__}: {str(error)[:200]}"
 
 

@@ -9,7 +9,8 @@ Query token t sees each key s in  S(t) = Local(t) ∪ Global(t) ∪ Bucket_1(t) 
 and out(t) is one softmax over that union of q·k/√D: a key counts once, however many rounds found it.
 Output at t depends on tokens <= t only. Memory is linear in T. Bucket ids come from `lshv2.hashing`, or anywhere.
 
-Backends: "reference" (dense mask, the oracle), "torch" (sorted tiles, any device). `backend=None` chooses, here alone.
+Backends: "reference" (dense mask from the definition, the oracle), "torch" (sorted tiles, linear memory), "masked" (SDPA
+with a mask: quadratic, for short inputs). `backend=None` chooses, here alone.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lshv2.attention.masked import lsh_attention_masked
 from lshv2.attention.reference import lsh_attention_reference, visible_set
 from lshv2.attention.tiled import lsh_attention_tiled
 
 __all__ = ["BACKENDS", "lsh_attention", "visible_set"]
 
-BACKENDS = {"reference": lsh_attention_reference, "torch": lsh_attention_tiled}
+BACKENDS = {"reference": lsh_attention_reference, "torch": lsh_attention_tiled, "masked": lsh_attention_masked}
+
+MASKED_UP_TO = {False: 256, True: 2048}  # tokens, on a CPU and on a GPU
 
 
 def lsh_attention(
@@ -38,12 +42,17 @@ def lsh_attention(
     _check(q, k, v, q_buckets, k_buckets, n_buckets, bucket_size, window, n_global)
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
         raise ValueError(f"cu_seqlens must be a vector of at least two bounds, got shape {tuple(cu_seqlens.shape)}")
-    name = backend or "torch"
+    name = backend or choose_backend(q)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; allowed: {', '.join(BACKENDS)}")
     return BACKENDS[name](
         q, k, v, q_buckets, k_buckets, bucket_size=bucket_size, window=window, n_global=n_global, cu_seqlens=cu_seqlens
     )
+
+
+def choose_backend(q: Tensor) -> str:
+    """The fastest backend measured for this device and length: below a few hundred tokens a mask beats sorting."""
+    return "masked" if q.shape[2] <= MASKED_UP_TO[q.device.type == "cuda"] else "torch"
 
 
 def _check(

@@ -21,7 +21,7 @@ from lshv2.attention.intervals import Intervals
 QUERY_TILE = 64
 KEY_STEP = 32  # stretches are rounded up to this many keys
 MAX_STEPS = 32  # longer stretches are cut into pieces of this many steps
-BUDGET = 1 << 19  # scores worked on at once, so that they stay in the cache
+BUDGET = {False: 1 << 19, True: 1 << 25}  # scores worked on at once: a CPU's cache, or enough to fill a GPU
 
 
 @dataclass
@@ -72,7 +72,7 @@ class FarTiles:
                 return
             while at < len(counts):
                 width = counts[at]
-                most = max(1, BUDGET // (rows.shape[1] * width * KEY_STEP))
+                most = max(1, BUDGET[rows.is_cuda] // (rows.shape[1] * width * KEY_STEP))
                 end = at
                 while end < len(counts) and end - at < most and counts[end] == width:
                     end += 1
@@ -161,7 +161,6 @@ def far_backward(
     """Add the bucket rounds' gradients to dq [N*M+1,D], dk, dv [N*T,D]; grad [N*M+1,D], lse, delta [N*M+1]."""
     scale = q.shape[-1] ** -0.5
     for r in range(tiles.rounds):
-        # keys in sorted order: a tile's stretch is one slice, and adding slices beats scattering rows several times
         dk_sorted, dv_sorted = (x.new_zeros(x.shape[0] + MAX_STEPS * KEY_STEP, x.shape[1]) for x in (dk, dv))
         for batch in tiles.round(r):
             q_b, k_b, grad_b = _take(q, batch.rows), _take(k, batch.keys), _take(grad, batch.rows)
@@ -172,9 +171,21 @@ def far_backward(
             moved = torch.bmm(dscores, k_b).add_(_take(dq, batch.rows))
             dq.index_copy_(0, batch.rows.flatten(), moved.flatten(0, 1))
             dk_b, dv_b = torch.bmm(dscores.transpose(1, 2), q_b), torch.bmm(weights.transpose(1, 2), grad_b)
-            for at, dk_tile, dv_tile in zip(batch.ranks.tolist(), dk_b, dv_b, strict=True):
-                dk_sorted[at : at + len(dk_tile)] += dk_tile
-                dv_sorted[at : at + len(dv_tile)] += dv_tile
+            _add_stretches(dk_sorted, batch.ranks, dk_b)
+            _add_stretches(dv_sorted, batch.ranks, dv_b)
         place = tiles.places(r)
         dk += _take(dk_sorted, place)
         dv += _take(dv_sorted, place)
+
+
+def _add_stretches(total: Tensor, first: Tensor, stretches: Tensor) -> None:
+    """total[first[i] : first[i] + C] += stretches[i]: total [rows,D], first [b], stretches [b,C,D], which may overlap.
+
+    On a CPU adding slices beats scattering rows several times over; on a GPU each slice would be a launch.
+    """
+    if total.is_cuda:
+        rows = first[:, None] + torch.arange(stretches.shape[1], device=first.device)
+        total.index_add_(0, rows.flatten(), stretches.flatten(0, 1))
+        return
+    for at, stretch in zip(first.tolist(), stretches, strict=True):
+        total[at : at + len(stretch)] += stretch

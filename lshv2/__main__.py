@@ -1,0 +1,161 @@
+"""The command line behind the Makefile: `python -m lshv2 quick RUN=first SET="train.learning_rate=3e-4"`.
+
+Exit codes: 0 done, 1 a phase failed, 2 the person can mend it (one line says how), 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lshv2.errors import UserError
+from lshv2.presets import PRESETS, make_settings, parse_override, sections
+from lshv2.runs import PHASES, check_run_name, load_run, read_json, runs_root
+from lshv2.sizes import SHAPE_KEYS
+
+COMMANDS = {
+    "quick": PHASES,
+    "full": PHASES,
+    "test-only": ("01_model", "02_data"),
+    "no-training": tuple(name for name in PHASES if name != "03_train"),
+    "no-benchmark": tuple(name for name in PHASES if name != "04_benchmark"),
+    "package": ("05_report",),
+}
+VARIABLES = ("RUN", "PRESET", "SEED", "NPROC", "DATA", "SET", "FORCE", "YES")
+FLAGS = {"": False, "0": False, "1": True}
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        command, values = _parse(arguments)
+        if command == "clean-run":
+            return clean_run(values)
+        return run(command, values)
+    except UserError as error:
+        print(f"lshv2: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
+    """`quick RUN=x` -> `("quick", {"RUN": "x"})`; an empty value is one that was not given."""
+    allowed = [*COMMANDS, "clean-run"]
+    if not arguments or arguments[0] not in allowed:
+        raise UserError(f"unknown command {' '.join(arguments[:1]) or '(none)'}; allowed: {', '.join(allowed)}")
+    values = dict.fromkeys(VARIABLES, "")
+    for argument in arguments[1:]:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in VARIABLES:
+            raise UserError(f"unknown argument {argument!r}; allowed: {', '.join(f'{v}=' for v in VARIABLES)}")
+        values[name] = value
+    return arguments[0], values
+
+
+def run(command: str, values: dict[str, str]) -> int:
+    """Run the command's phases with what the variables say; `package` takes the settings that the run was made with."""
+    from lshv2.estimate import check_full
+    from lshv2.runner import Pipeline
+
+    preset = values["PRESET"] or (command if command in PRESETS else "quick")
+    if command in PRESETS and preset != command:
+        raise UserError(f"PRESET={preset} contradicts `make {command}`; leave one of them out")
+    run_dir = runs_root() / check_run_name(values["RUN"] or preset)
+    yes, force = _flag("YES", values), _flag("FORCE", values)
+    settings = _own_settings(run_dir, values) if command == "package" else _given_settings(run_dir, preset, values)
+    again = _command_line(command, values)
+    check = None if yes or settings["preset"] != "full" else partial(check_full, command=again)
+    pipeline = Pipeline(
+        run_dir=run_dir, **settings, force=force, chosen=COMMANDS[command], resume=again, before_work=check
+    )
+    return pipeline.run()
+
+
+def _given_settings(run_dir: Path, preset: str, values: dict[str, str]) -> dict[str, Any]:
+    _check_preset(run_dir, preset)
+    return {
+        "preset": preset,
+        "overrides": {f"{section}.{key}": value for section, key, value in map(parse_override, values["SET"].split())},
+        "seed": _number("SEED", values, default=0),
+        "nproc": _number("NPROC", values, default=1),
+        "data": _data(values["DATA"]),
+    }
+
+
+def _own_settings(run_dir: Path, values: dict[str, str]) -> dict[str, Any]:
+    """The settings in the run's `config.json`, as a preset and what differs from it."""
+    given = [name for name in ("SET", "SEED", "DATA", "NPROC") if values[name]]
+    if given:
+        raise UserError(f"package takes the settings that the run was made with; leave {', '.join(given)} out")
+    made = load_run(run_dir).settings.model_dump(mode="json")
+    default = make_settings(made["preset"]).model_dump(mode="json")
+    overrides = {
+        f"{section}.{key}": value
+        for section in sections()
+        for key, value in made[section].items()
+        if value != default[section][key]
+    }
+    if "train.model_size" in overrides:  # else the size would decide the shape anew around the keys that differ
+        overrides |= {f"model.{key}": made["model"][key] for key in SHAPE_KEYS}
+    return {"preset": made["preset"], "overrides": overrides, "seed": made["seed"], "nproc": made["nproc"]}
+
+
+def _check_preset(run_dir: Path, preset: str) -> None:
+    """A run keeps its preset: `make no-training RUN=mine` must not turn a full run into a quick one."""
+    content = read_json(run_dir / "config.json")[0]
+    made = content.get("settings", {}).get("preset") if isinstance(content, dict) else None
+    if preset in PRESETS and made not in (None, preset):
+        raise UserError(f"run {run_dir.name} was made with PRESET={made}, not {preset}; give that, or another RUN=")
+
+
+def clean_run(values: dict[str, str]) -> int:
+    """Delete a run folder, and nothing that is not one."""
+    from lshv2.runner import hold
+
+    if not values["RUN"]:
+        raise UserError("clean-run needs the name of a run: make clean-run RUN=quick")
+    path = runs_root() / check_run_name(values["RUN"])
+    if path.name.startswith("reference-"):
+        raise UserError(f"RUN={path.name} is a committed reference run; it is not deleted by make")
+    if path.is_symlink() or not (path / "config.json").is_file():
+        there = ", ".join(sorted(p.parent.name for p in runs_root().glob("*/config.json"))) or "none"
+        raise UserError(f"RUN={path.name} is not a run folder below {runs_root()}; runs there: {there}")
+    with hold(path, "make clean-run"):
+        shutil.rmtree(path)
+    print(f"deleted {path}")
+    return 0
+
+
+def _flag(name: str, values: dict[str, str]) -> bool:
+    if values[name] not in FLAGS:
+        raise UserError(f"{name}={values[name]!r} is neither 1 nor 0")
+    return FLAGS[values[name]]
+
+
+def _number(name: str, values: dict[str, str], *, default: int) -> int:
+    text = values[name] or str(default)
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"{name}={text!r} is not a whole number of {default} or more")
+    return int(text)
+
+
+def _data(text: str) -> str | None:
+    """Absolute: the notebooks run in their own folder."""
+    if not text:
+        return None
+    path = Path(text).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"DATA={text} does not exist (looked for {path}); give a text file or a folder of them")
+    return str(path)
+
+
+def _command_line(command: str, values: dict[str, str]) -> str:
+    """What to type to go on: the same without FORCE, which would start over."""
+    given = [f"{name}={shlex.quote(value)}" for name, value in values.items() if value and name != "FORCE"]
+    return " ".join(["make", command, *given])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

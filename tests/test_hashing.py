@@ -1,0 +1,106 @@
+"""Bucket ids depend on one vector and stored tables; alike vectors collide; codebooks follow the data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lshv2.hashing import (
+    bucket_ids,
+    codebook_sums,
+    codebook_tables,
+    cross_polytope_tables,
+    parts_for,
+    update_codebooks,
+)
+
+MAKERS = {"cross_polytope": cross_polytope_tables, "codebooks": codebook_tables}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("n_buckets", [1, 2, 64, 128, 1024])
+def test_ids_are_in_range_and_use_the_range(make, n_buckets: int) -> None:  # type: ignore[no-untyped-def]
+    tables = make(2, 3, n_buckets, 16, generator())
+    ids = bucket_ids(torch.randn(2, 4, 3000, 16, generator=generator(1)), tables)
+    assert ids.shape == (2, 4, 3, 3000)
+    assert ids.min() >= 0 and ids.max() < n_buckets
+    assert ids.unique().numel() >= 0.9 * n_buckets
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_bucket_is_a_function_of_one_vector_and_its_group(make) -> None:  # type: ignore[no-untyped-def]
+    tables = make(2, 3, 256, 16, generator())
+    x = torch.randn(1, 4, 50, 16, generator=generator(1))
+    whole = bucket_ids(x, tables)
+    assert torch.equal(whole[..., 20:30], bucket_ids(x[:, :, 20:30], tables))
+    same = x[:, :1].expand(1, 4, 50, 16)
+    ids = bucket_ids(same, tables)
+    assert torch.equal(ids[:, 0], ids[:, 1]) and torch.equal(ids[:, 2], ids[:, 3])  # heads of one group share a table
+    assert not torch.equal(ids[:, 0], ids[:, 2])
+
+
+def test_positive_scale_does_not_matter() -> None:
+    tables = codebook_tables(1, 2, 32, 16, generator())
+    x = torch.randn(1, 1, 100, 16, generator=generator(1))
+    assert torch.equal(bucket_ids(x, tables), bucket_ids(7 * x, tables))
+
+
+@pytest.mark.parametrize(("cosine", "expected"), [(1.0, 1.0), (0.9, 0.30), (0.7, 0.09), (0.5, 0.03)])
+def test_collision_probability_of_the_product_form(cosine: float, expected: float) -> None:
+    """1,024 buckets as 32 x 32 at head dim 64, against the values measured for the design (DESIGN-level reference)."""
+    n = 4000
+    a = torch.nn.functional.normalize(torch.randn(1, 1, n, 64, generator=generator(1)), dim=-1)
+    noise = torch.randn(1, 1, n, 64, generator=generator(2))
+    noise = torch.nn.functional.normalize(noise - (noise * a).sum(-1, keepdim=True) * a, dim=-1)
+    b = cosine * a + (1 - cosine**2) ** 0.5 * noise
+    tables = cross_polytope_tables(1, 8, 1024, 64, generator())
+    rate = (bucket_ids(a, tables) == bucket_ids(b, tables)).float().mean().item()
+    assert abs(rate - expected) < 0.03, f"{rate:.3f} at cosine {cosine}"
+
+
+def test_codebook_sums_equal_a_loop() -> None:
+    tables = codebook_tables(2, 2, 128, 8, generator())
+    x = torch.randn(2, 4, 30, 8, generator=generator(1))
+    ids = bucket_ids(x, tables)
+    sums = codebook_sums(x, ids, tables)
+    sizes, dims = parts_for(128), (4, 4)
+    expected = [torch.zeros_like(t) for t in tables]
+    for b, h, r, t in torch.cartesian_prod(*(torch.arange(n) for n in (2, 4, 2, 30))).tolist():
+        codes = divmod(int(ids[b, h, r, t]), sizes[1])
+        for p in range(2):
+            piece = x[b, h, t, p * dims[0] : p * dims[0] + dims[p]]
+            expected[p][h // 2, r, codes[p]] += piece / piece.norm()
+    for got, want in zip(sums, expected, strict=True):
+        assert (got - want).abs().max() < 1e-5
+
+
+def test_codebooks_move_to_the_clusters_and_stay_unit() -> None:
+    """Vectors in 8 tight clusters: after updates a centroid points at nearly every vector; at the start it did not."""
+    centres = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator(3)), dim=-1)
+    x = centres.repeat(40, 1)[None, None] + 0.1 * torch.randn(1, 1, 320, 16, generator=generator(4))
+    tables = codebook_tables(1, 1, 16, 16, generator())
+
+    def fit() -> float:
+        return (torch.nn.functional.normalize(x, dim=-1) @ tables[0][0, 0].T).amax(-1).mean().item()
+
+    before = fit()
+    for _ in range(50):
+        update_codebooks(tables, codebook_sums(x, bucket_ids(x, tables), tables), decay=0.9)
+    assert (tables[0].norm(dim=-1) - 1).abs().max() < 1e-5
+    assert before < 0.6 < 0.85 < fit(), f"mean cosine {before:.2f} -> {fit():.2f}"
+
+
+def test_centroids_that_caught_nothing_stay() -> None:
+    tables = codebook_tables(1, 1, 8, 4, generator())
+    old = [t.clone() for t in tables]
+    update_codebooks(tables, [torch.zeros_like(t) for t in tables], decay=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(tables, old, strict=True))
+
+
+def test_a_bucket_count_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        parts_for(48)

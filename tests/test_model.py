@@ -1,0 +1,192 @@
+"""The model: sizes, losses, causality, ponder halting, codebooks, and no global randomness."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lshv2.config import ModelConfig, parse_size
+from lshv2.errors import UserError
+from lshv2.losses import token_cross_entropy
+from lshv2.model import LSHModel, create_lsh_v2_model
+from lshv2.sizes import count_parameters, shape_for
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=61, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, bucket_size=8, weight_tied_layers=2,
+    d_ff=48, n_rounds=2, window=8, n_global=2, n_buckets=8,
+)
+
+
+def ids(batch: int = 2, length: int = 100, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def small(seed: int = 0, **changes: Any) -> LSHModel:
+    return LSHModel(ModelConfig(**{**SMALL, **changes}), seed=seed)
+
+
+def test_the_documented_configuration_has_100M_parameters() -> None:
+    model = create_lsh_v2_model(vocab_size=32000, target_params="100M")
+    assert 98e6 <= sum(p.numel() for p in model.parameters()) <= 103e6
+    assert model.config == ModelConfig()
+    assert model.count_parameters() == count_parameters(model.config)
+
+
+@pytest.mark.parametrize("size", ["1M", "2M", "5M", "10M", "20M", "50M", "75M", "125M", "250M", "350M", "500M", "760M", "1B"])
+@pytest.mark.parametrize("vocab", [256, 2048, 32_000])
+def test_sizes_resolve_within_five_percent_or_one_line_says_why(size: str, vocab: int) -> None:
+    target = parse_size(size)
+    try:
+        config = ModelConfig(vocab_size=vocab, **shape_for(target, vocab_size=vocab))
+    except UserError as error:
+        assert "vocab" in str(error) and "\n" not in str(error)
+        assert 2 * vocab * 48 > 0.5 * target, "only a vocabulary that leaves no width may be refused"
+        return
+    assert abs(count_parameters(config) - target) <= 0.05 * target
+
+
+def test_closed_form_count_equals_the_built_model() -> None:
+    for changes in ({}, {"use_ponder": False}, {"n_kv_heads": 4}, {"weight_tied_layers": 4}, {"attention": "dense"}):
+        model = small(**changes)
+        assert model.count_parameters() == count_parameters(model.config)
+
+
+def test_create_keeps_overrides_and_refuses_unknown_ones() -> None:
+    model = create_lsh_v2_model(512, "1M", n_heads=4, n_kv_heads=2, max_seq_len=512)
+    assert (model.config.n_heads, model.config.n_kv_heads) == (4, 2)
+    for bad, message in ((dict(n_layer=4), "n_layer"), (dict(n_layers=5), "n_layers=5")):
+        with pytest.raises(UserError, match=message):
+            create_lsh_v2_model(512, "1M", **bad)
+
+
+def test_loss_is_shifted_cross_entropy_of_the_logits() -> None:
+    model, x = small().eval(), ids()
+    labels = x.clone()
+    labels[:, ::3] = -100
+    out = model(x, labels=labels)
+    assert out.logits.shape == (2, 100, 61)
+    expected = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert abs(out.loss - expected) < 1e-6
+    assert out.cross_entropy[0, 0] == 0 and abs(out.cross_entropy.sum() / (labels[:, 1:] != -100).sum() - expected) < 1e-5
+
+
+def test_chunked_cross_entropy_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(50, 8, generator=g), torch.randn(20, 8, generator=g)
+    labels = torch.randint(0, 20, (50,), generator=g)
+    labels[::7] = -100
+    results = []
+    for limit in (1 << 24, 60):
+        monkeypatch.setattr("lshv2.losses.CHUNK_ELEMENTS", limit)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = token_cross_entropy(h, w, labels)
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), (h, w))])
+    for whole, pieces in zip(*results, strict=True):
+        assert (whole - pieces).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["lsh", "dense", "window"])
+@pytest.mark.parametrize("hashing", ["codebooks", "cross_polytope"])
+@torch.no_grad()
+def test_logits_depend_on_the_past_only(attention: str, hashing: str) -> None:
+    model, x = small(attention=attention, hashing=hashing).eval(), ids()
+    other = x.clone()
+    other[:, 60:] = ids(seed=1)[:, 60:]
+    whole, changed, cut = model(x).logits, model(other).logits, model(x[:, :60]).logits
+    assert (whole[:, :60] - changed[:, :60]).abs().max() < 1e-5
+    assert (whole[:, :60] - cut).abs().max() < 1e-5
+    assert (whole[:, 60:] - changed[:, 60:]).abs().amax(-1).min() > 1e-3, "the change itself must be seen"
+
+
+def test_a_window_over_everything_is_dense_attention() -> None:
+    x = ids()
+    lsh, dense = small(window=256), small(window=256, attention="dense")
+    dense.load_state_dict(lsh.state_dict(), strict=False)
+    results = []
+    for model in (lsh, dense):
+        loss = model(x, labels=x).loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    x, results = ids(), []
+    for checkpoint in (False, True):
+        model = small()
+        model.gradient_checkpoint = checkpoint
+        loss = model(x, labels=x).loss
+        loss.backward()
+        model.update_hash()
+        results.append([loss.detach(), *(p.grad for p in model.parameters()), *(t for b in model.blocks for t in b.attention.tables)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_tied_blocks_are_one_set_of_weights_applied_again() -> None:
+    model = small(use_ponder=False)
+    assert len(model.blocks) == 2 and model.config.n_ponder_steps == 2
+    with torch.no_grad():
+        once, twice = (small(use_ponder=False, n_layers=n) for n in (2, 4))
+        twice.load_state_dict(once.state_dict())
+        assert (once(ids()).logits - twice(ids()).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_halting_takes_the_first_step_whose_cumulative_probability_reaches_the_threshold() -> None:
+    model, x = small(n_layers=8).eval(), ids()
+    for bias, expected in ((20.0, 1), (-20.0, 4)):
+        model.halt.bias.fill_(bias)
+        assert (model(x).ponder_steps == expected).all()
+    model.halt.bias.fill_(-0.4)  # λ = .401: cumulative .401, .641
+    assert (model(x).ponder_steps == 2).all()
+
+
+@torch.no_grad()
+def test_a_halted_token_answers_with_the_state_at_which_it_halted() -> None:
+    """With every token halting at step one, depth does not matter; a lone token that halts early keeps its answer."""
+    model, x = small(n_layers=8).eval(), ids()
+    model.halt.bias.fill_(20.0)
+    one = LSHModel(model.config.model_copy(update=dict(n_layers=2, use_ponder=True)))
+    state = {k: (v[:1] if k == "step_embedding" else v) for k, v in model.state_dict().items()}
+    one.load_state_dict(state)
+    assert (model(x).logits - one.eval()(x).logits).abs().max() < 1e-6
+
+
+def test_the_ponder_gradient_reaches_the_halting_head() -> None:
+    model, x = small(), ids()
+    model(x, labels=x).loss.backward()
+    assert model.halt.weight.grad.abs().max() > 0 and model.step_embedding.grad.abs().max() > 0
+
+
+def test_codebooks_move_while_training_only() -> None:
+    model, x = small(), ids()
+    before = [t.clone() for t in model.blocks[0].attention.tables]
+    model.eval()(x)
+    model.update_hash()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.blocks[0].attention.tables, strict=True))
+    model.train()(x)
+    model.update_hash()
+    assert not torch.equal(before[0], model.blocks[0].attention.tables[0])
+    fixed = small(hashing="cross_polytope").train()
+    before = [t.clone() for t in fixed.blocks[0].attention.tables]
+    fixed(x)
+    fixed.update_hash()
+    assert torch.equal(before[0], fixed.blocks[0].attention.tables[0])
+
+
+def test_building_and_running_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    a, b, c = small(seed=3), small(seed=3), small(seed=4)
+    a(ids(), labels=ids()).loss.backward()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.embedding.weight, c.embedding.weight)
+
+
+def test_too_long_an_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_seq_len=256"):
+        small()(ids(1, 257))

@@ -1,0 +1,97 @@
+"""Training learns, and a killed run goes on as if nothing had happened. Real text, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lshv2.checkpoint import find_checkpoint, read_checkpoint
+from lshv2.errors import UserError
+from lshv2.metrics import columns, standing
+from lshv2.runs import Run, open_run, read_jsonl
+from lshv2.train import train_run
+
+SCRIPT = "import sys; from lshv2.runs import load_run; from lshv2.train import train_run; train_run(load_run(sys.argv[1]))"
+MORE = {"train.num_train_sequences": 120, "train.num_epochs": 2, "train.batch_size": 2, "train.checkpoint_every": 20,
+        "train.eval_every": 40}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An uninterrupted run of 120 steps in a process of its own."""
+    run = open_run(tmp_path_factory.mktemp("runs") / "whole", preset="test", overrides=MORE)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(run.path)], check=True, env=_environment(), capture_output=True)
+    return run
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "LSHV2_RUNNER": "1"}
+
+
+def test_it_learns_and_measures(finished: Run) -> None:
+    metrics = json.loads(finished.file("training_metrics.json").read_text())
+    assert metrics["state"] == "done" and metrics["step"][-1] == 120
+    assert metrics["bits_per_byte"][-1] < 0.85 * metrics["bits_per_byte"][0], metrics["bits_per_byte"]
+    rows = {len(metrics[c]) for c in ("step", "loss_train", "learning_rate", "tokens_per_sec", "ponder_steps", "tokens")}
+    assert len(rows) == 1 and metrics["eval_step"] == [0, 40, 80, 120]
+    assert max(metrics["learning_rate"]) <= 3e-3 and metrics["learning_rate"][-1] < 0.11 * 3e-3
+    assert metrics["recall"]["chance"] == pytest.approx(1 / 16)
+    assert len(metrics["recall"]["accuracy"]) >= 2
+
+
+def test_profile_parts_add_up_to_the_step(finished: Run) -> None:
+    profile = json.loads(finished.file("component_profiles.json").read_text())
+    assert profile["n_steps"] == 10
+    assert min(profile["hashing_ms"], profile["bucket_attn_ms"], profile["global_ms"]) > 0
+    assert 0.9 <= profile["sum_ms"] / profile["step_ms"] <= 1.1, profile
+
+
+def test_a_killed_run_continues_to_the_same_weights(finished: Run, tmp_path: Path) -> None:
+    """SIGKILL after the second checkpoint; resumed, it ends bit for bit where the uninterrupted run ended."""
+    run = open_run(tmp_path / "killed", preset="test", overrides=MORE)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(run.path)], env=_environment(), stderr=subprocess.DEVNULL)
+    folder, deadline = run.checkpoints / "language_model", time.monotonic() + 120
+    while not (folder / "step_00000040.safetensors").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped_at = int(find_checkpoint(folder)[0].stem.split("_")[1])
+    assert stopped_at < 120, "killed too late to prove anything"
+    subprocess.run([sys.executable, "-c", SCRIPT, str(run.path)], check=True, env=_environment(), capture_output=True)
+    for task in ("language_model", "recall"):
+        (mine, _), (whole, _) = (read_checkpoint(find_checkpoint(r.checkpoints / task)[0]) for r in (run, finished))
+        differing = [name for name in whole if name != "rng.cpu" and not torch.equal(mine[name], whole[name])]
+        assert mine.keys() == whole.keys() and not differing, differing[:5]
+    records, problem = read_jsonl(run.metrics)
+    assert problem is None and any(r["event"] == "resume" for r in records)
+    kept = columns(standing(records, "language_model"))
+    assert kept["step"] == json.loads(finished.file("training_metrics.json").read_text())["step"]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(finished: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for path in (finished.checkpoints / "language_model").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    newest, notes = find_checkpoint(folder)
+    assert newest is not None and not notes
+    broken = bytearray(newest.read_bytes())
+    broken[-100] ^= 1  # one bit of a weight: safetensors itself would accept it
+    newest.write_bytes(broken)
+    before, notes = find_checkpoint(folder)
+    assert before is not None and before != newest and newest.name in notes[0] and "damaged" in notes[0]
+
+
+def test_another_shape_is_one_line(finished: Run) -> None:
+    other = Run(finished.path, open_run(finished.path.parent / "other", preset="test", overrides={**MORE, "model.d_ff": 96}).settings)
+    with pytest.raises(UserError, match="another model shape"):
+        train_run(other)
