@@ -9,7 +9,7 @@ from __future__ import annotations
 import streamlit as st
 from ui.page import sidebar
 
-st.set_page_config("LSH v2", ":material/stacked_line_chart:", layout="wide")
+st.set_page_config("LSH v2", "📈", layout="wide")
 page = st.navigation([
     st.Page("views/overview.py", title="Overview", icon=":material/dashboard:", default=True),
     st.Page("views/training.py", title="Training", icon=":material/show_chart:"),

@@ -10,7 +10,9 @@ How the two exponents are judged: an exponent is an estimate, so its 95 % interv
   beta   "≈ 1.0" is two-sided, for an exponent well below one says that a fixed cost is still in the figures, not that
          memory is better than linear: the estimate must lie in 0.9 to 1.1 and its interval within 0.8 to 1.2, so that
          a lucky estimate from scattered points does not pass.
-Both need an interval, hence three lengths. The lengths behind them are in `detail`: a pass says nothing about others.
+Both need an interval, hence three lengths, and one no wider than MAX_WIDTH: points that scatter more, as on a machine
+that is busy with something else, have measured no exponent, whatever the interval's ends. The lengths behind them are
+in `detail`: a pass says nothing about others.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from lshv2.readers import Benchmark, Fit, Row, read_benchmark
 
 ALPHA_MAX = 1.2
 BETA_RANGE, BETA_INTERVAL = (0.9, 1.1), (0.8, 1.2)
+MAX_WIDTH = 1.0
 THROUGHPUT_MIN, THROUGHPUT_LENGTH = 10_000, 4_096
 LONG = 65_536
 LEARNED_RATIO = 0.85  # of the first eval's bits per byte
@@ -74,6 +77,9 @@ def _exponent(benchmark: Benchmark, measure: str, passes: Callable[[Fit], bool])
     if not math.isfinite(fit.low) or not math.isfinite(fit.high):
         return fit.exponent, None, f"no interval from {span}: three lengths are needed"
     doubling = f", last doubling x{fit.last_doubling:.2f}" if math.isfinite(fit.last_doubling) else ""
+    if fit.high - fit.low > MAX_WIDTH:
+        scatter = f"its 95 % interval {fit.low:.2f} to {fit.high:.2f} is too wide to judge ({span})"
+        return fit.exponent, None, f"not measured: {scatter}; measure on an idle machine, or more lengths"
     interval = f"95 % interval {fit.low:.2f} to {fit.high:.2f}"
     return fit.exponent, passes(fit), f"{fit.exponent:.2f}, {interval} ({span}){doubling}"
 

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.key = skip_init(nn.Linear, d, config.n_kv_heads * dim, bias=False)
         self.value = skip_init(nn.Linear, d, config.n_kv_heads * dim, bias=False)
         self.out = skip_init(nn.Linear, config.n_heads * dim, d, bias=False)
-        self.shift = nn.Parameter(torch.full((d,), 0.5))  # μ: how much of the previous token a key also carries
+        self.shift = nn.Parameter(torch.ones(d))  # μ: how much of the previous token a key also carries
         self.log_temperature = nn.Parameter(torch.zeros(config.n_heads))  # QK-norm bounds logits by √D without it
         make = codebook_tables if config.hashing == "codebooks" else cross_polytope_tables
         tables = make(config.n_kv_heads, config.n_rounds, config.resolved_n_buckets, dim, generator)

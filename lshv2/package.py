@@ -26,10 +26,8 @@ import json
 import sys
 import tempfile
 import zipfile
-import zlib
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,9 +44,10 @@ from lshv2.machine import source_hashes
 from lshv2.model import LSHModel
 from lshv2.runs import SCHEMA, Run, atomic_path, load_run, read_json, repo_root
 from lshv2.trainer import pick_device
+from lshv2.unpack import MANIFEST, unpack
 
 NAME = "lsh_v2_complete_package.zip"
-MANIFEST, WEIGHTS, WINDOWS, BYTES = "MANIFEST.json", "model.safetensors", "eval_windows.npy", "data/token_bytes.npy"
+WEIGHTS, WINDOWS, BYTES = "model.safetensors", "eval_windows.npy", "data/token_bytes.npy"
 RUN_FILES = ("*.json", "*.jsonl", "*.png", "logs/*.log", "notebooks/*.ipynb", "data/data.json", "data/tokenizer.json",
              BYTES)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # nats a token
@@ -165,7 +164,7 @@ def check_package(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix="lshv2-check-") as folder:
-        manifest = _unpack(path, Path(folder))
+        manifest = unpack(path, Path(folder))
         members = manifest["members"]
         here = source_hashes()
         packed = {name: entry["sha256"] for name, entry in members.items() if name.startswith("lshv2/")}
@@ -189,59 +188,6 @@ def _check_loss(path: Path, folder: Path, expected: dict[str, Any]) -> dict[str,
         )
     return {"loss_eval": result.loss, "bits_per_byte": result.bits_per_byte, "expected": expected["loss_eval"],
             "difference": difference, "tolerance": tolerance}
-
-
-def _unpack(path: Path, folder: Path) -> dict[str, Any]:
-    """Every listed member into `folder`, verified; returns the manifest."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            manifest = _read_manifest(path, archive)
-            members = manifest["members"]
-            names = [info.filename for info in archive.infolist() if info.filename != MANIFEST]
-            for name in [*names, *members]:
-                _check_name(path, name)
-            if odd := sorted(Counter(names) - Counter(list(members))) or sorted(members.keys() - set(names)):
-                raise UserError(f"{path}: member {odd[0]} is missing, unlisted or there twice: fetch the package again")
-            for name in names:
-                _extract(path, archive, name, members[name], folder)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name a package such as runs/quick/{NAME}") from None
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is not a whole zip file ({error}): fetch or make the package again") from None
-    return manifest
-
-
-def _read_manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
-    try:
-        manifest = json.loads(archive.read(MANIFEST))
-        return {"members": dict(manifest["members"]), "expected": manifest["expected"]}
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: {MANIFEST} is missing or damaged ({error}): make the package again") from None
-
-
-def _check_name(path: Path, name: str) -> None:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or name.endswith("/") or not name:
-        raise UserError(f"{path}: member {name!r} would be written outside of its folder: do not trust this package")
-
-
-def _extract(path: Path, archive: zipfile.ZipFile, name: str, entry: dict[str, Any], folder: Path) -> None:
-    """One member, read no further than its listed size, compared with its sha256."""
-    digest, left = hashlib.sha256(), int(entry["bytes"])
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with archive.open(name) as source, open(target, "wb") as file:
-            while block := source.read(min(1 << 20, left + 1)):
-                left -= len(block)
-                digest.update(block)
-                file.write(block)
-                if left < 0:
-                    break
-    except (zipfile.BadZipFile, zlib.error, EOFError):
-        left = -1
-    if left != 0 or digest.hexdigest() != entry["sha256"]:
-        raise UserError(f"{path}: member {name} is damaged (its sha256 is another): fetch or make the package again")
 
 
 def main(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             num_eval_sequences=128, n_buckets=8, learning_rate=3e-3, eval_every=100,
         ),
         "benchmark": dict(sequence_lengths=(1_024, 2_048, 4_096, 8_192, 16_384), num_samples_per_length=3,
-                          max_memory_gb=4.0),
+                          max_memory_gb=4.0, timeout_seconds=90.0),
     },
     "test": {
         "model": dict(

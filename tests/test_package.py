@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load, save
 
 from lshv2.errors import UserError
-from lshv2.package import MANIFEST, WEIGHTS, check_package, main, make_package
+from lshv2.package import WEIGHTS, check_package, main, make_package
 from lshv2.runs import Run, open_run, read_json, write_json
 from lshv2.train import train_run
+from lshv2.unpack import MANIFEST
 
 Members = dict[str, bytes]
 

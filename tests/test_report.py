@@ -43,7 +43,8 @@ def lsh_fit(run: Run, measure: str, **values: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("estimate", "low", "high", "passed"),
-    [(1.0, 0.95, 1.05, True), (1.1, 1.0, 1.2, True), (1.1, 0.99, 1.21, False), (1.5, 1.4, 1.6, False), (1.0, None, None, None)],
+    [(1.0, 0.95, 1.05, True), (1.1, 1.0, 1.2, True), (1.1, 0.99, 1.21, False), (1.5, 1.4, 1.6, False),
+     (1.0, None, None, None), (0.14, -0.89, 1.17, None)],
 )
 def test_alpha_is_judged_by_the_upper_end_of_its_interval(
     run: Run, estimate: float, low: float | None, high: float | None, passed: bool | None
@@ -54,7 +55,8 @@ def test_alpha_is_judged_by_the_upper_end_of_its_interval(
 
 @pytest.mark.parametrize(
     ("estimate", "low", "high", "passed"),
-    [(1.0, 0.95, 1.05, True), (0.87, 0.85, 0.95, False), (1.12, 1.1, 1.14, False), (1.0, 0.7, 1.3, False), (1.0, None, None, None)],
+    [(1.0, 0.95, 1.05, True), (0.87, 0.85, 0.95, False), (1.12, 1.1, 1.14, False), (1.0, 0.7, 1.3, False),
+     (1.0, None, None, None)],
 )
 def test_beta_is_two_sided_and_no_lucky_estimate_passes(
     run: Run, estimate: float, low: float | None, high: float | None, passed: bool | None
@@ -86,7 +88,8 @@ def test_throughput_is_lsh_s_at_4096_and_names_its_device(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "order2", "passed"),
-    [([3.0, 2.0], 2.5, True), ([3.0, 2.6], 2.7, False), ([3.0, 2.0], 1.9, False), ([3.0], 2.5, None), ([3.0, 2.0], None, None)],
+    [([3.0, 2.0], 2.5, True), ([3.0, 2.6], 2.7, False), ([3.0, 2.0], 1.9, False), ([3.0], 2.5, None),
+     ([3.0, 2.0], None, None)],
 )
 def test_learning_needs_15_percent_and_to_beat_order_2(
     run: Run, bits: list[float], order2: float | None, passed: bool | None
@@ -97,7 +100,10 @@ def test_learning_needs_15_percent_and_to_beat_order_2(
     assert flag(run, "learns")["passed"] is passed
 
 
-@pytest.mark.parametrize("damage", [None, "", "{", "[1]", '{"rows": 3, "fits": [], "bits_per_byte": "x", "recall": 7}', "\x00"])
+FOREIGN = '{"rows": 3, "fits": [], "bits_per_byte": "x", "recall": 7}'
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", "[1]", FOREIGN, "\x00"])
 def test_nothing_in_the_files_stops_the_manifest(run: Run, damage: str | None) -> None:
     for name in FILES:
         if damage is None:
@@ -127,7 +133,8 @@ def test_the_manifest_is_what_the_contract_says(run: Run) -> None:
     listed = {entry["path"]: entry for entry in manifest["artifacts"]}
     assert "logs/03_train.log" in listed and "pipeline_results.json" not in listed and "05_report.OK" not in listed
     assert all(entry["sha256"] == sha256(run.path / path) for path, entry in listed.items())
-    assert {"python", "torch", "cpu", "cores", "ram_gb", "gpus", "commit", "dirty", "lshv2"} <= manifest["environment"].keys()
+    told = {"python", "torch", "cpu", "cores", "ram_gb", "gpus", "commit", "dirty", "lshv2"}
+    assert told <= manifest["environment"].keys()
 
 
 def test_states_come_from_the_markers_or_from_the_runner(run: Run) -> None:
@@ -138,7 +145,8 @@ def test_states_come_from_the_markers_or_from_the_runner(run: Run) -> None:
     write_json(run.path / "04_benchmark.FAILED", {"phase": "04_benchmark", "error": "boom"})
     manifest = write_manifest(run)
     assert manifest["state"] == "failed" and manifest["phases"][3]["error"] == "boom"
-    given = [{"phase": name, "state": "skipped", "seconds": 1.0, "notebook": "", "log": "", "error": None} for name in PHASES]
+    given = [{"phase": name, "state": "skipped", "seconds": 1.0, "notebook": "", "log": "", "error": None}
+             for name in PHASES]
     assert write_manifest(run, given)["phases"] == given and write_manifest(run, given)["state"] == "ok"
 
 
@@ -146,7 +154,8 @@ def test_states_come_from_the_markers_or_from_the_runner(run: Run) -> None:
 def test_plots_are_pictures_of_their_file(run: Run, name: str) -> None:
     picture = plot_png(run.path, name)
     pixels = matplotlib.image.imread(io.BytesIO(picture), format="png")
-    assert pixels.shape[1] >= 800 and pixels.min() < 0.2 and len({tuple(p) for p in pixels[::7, ::7].reshape(-1, 4)}) > 5
+    colours = {tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, 4)}
+    assert pixels.shape[1] >= 800 and pixels.min() < 0.2 and len(colours) > 5
     assert plot_png(run.path, name) == picture, "the same file must give the same bytes"
     run.file(f"{name}.json").unlink()
     run.metrics.unlink()
@@ -154,7 +163,9 @@ def test_plots_are_pictures_of_their_file(run: Run, name: str) -> None:
         plot_png(run.path, name)
 
 
-def test_a_run_without_training_and_benchmark_still_gets_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_training_and_benchmark_still_gets_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = open_run(tmp_path / "bare", preset="test")
     manifest = write_report(run)
     assert not list(run.path.glob("*.png")) and run.file("lsh_v2_complete_package.zip").is_file()

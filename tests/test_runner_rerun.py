@@ -133,6 +133,8 @@ def test_an_interrupt_stops_the_kernel_and_leaves_no_marker(number: signal.Signa
     assert runner.returncode == 128 + number, said
     assert "01_a: interrupted after" in said and "to go on: make again" in said
     assert all_gone(processes), "the kernel or its child outlived the interrupt"
+    executed = (tmp_path / "run" / "notebooks" / "01_a.ipynb").read_text()
+    assert "KeyboardInterrupt" in executed, "the cell was not interrupted: the kernel was lost instead"
     assert not list((tmp_path / "run").glob("*.OK")) and not list((tmp_path / "run").glob("*.FAILED"))
 
 

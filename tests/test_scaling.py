@@ -73,7 +73,8 @@ def test_points_that_have_no_logarithm_are_refused(
 
 
 @pytest.mark.parametrize(  # a printed table of Student's t, two-sided 95 %
-    ("freedom", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (10, 2.2281), (60, 2.0003)]
+    ("freedom", "expected"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (10, 2.2281), (60, 2.0003)],
 )
 def test_t_quantiles_are_the_printed_ones(freedom: int, expected: float) -> None:
     assert student_t_quantile(freedom) == pytest.approx(expected, abs=5e-5)

@@ -47,7 +47,7 @@ def fitted(rows: list[Row], fit: Fit, column: str) -> tuple[Array, Array, Array,
     and t·s = h·√Sxx, so the band of the line is ± h·√(Sxx/n + (x − x̄)²): nothing is fitted again.
     """
     used = [row for row in measured(rows, column) if fit.min_seq_len <= row.seq_len <= fit.max_seq_len]
-    if len(used) < 2:
+    if len(used) < 2 or len(used) != fit.n:  # other points than were fitted have another centroid: no line
         return None
     log_x = np.log([row.seq_len for row in used])
     log_y = np.log([row.get(column) for row in used])
@@ -77,7 +77,8 @@ def cost_chart(runs: Runs, measure: Measure, attentions: list[str]) -> go.Figure
     _failures(chart, failed)
     length_axis(chart, lengths)
     names = sum(1 for trace in chart.data if trace.showlegend is not False)
-    chart.update_layout(height=360 + 28 * names, legend=dict(orientation="v"))
+    legend = 30 * min(names, 8) + 8  # pixels; a longer one scrolls
+    chart.update_layout(height=360 + legend, legend=dict(orientation="v", maxheight=legend))
     return chart
 
 

@@ -43,7 +43,7 @@ def draw() -> None:
 
 def bars(runs: Runs, names: list[str]) -> go.Figure:
     title = "share of the step (%)" if percent else "time (ms per training step)"
-    chart = figure(title, "", height=150 + 46 * len(runs))
+    chart = figure(title, "", height=220 + 44 * len(runs))
     keys = [entry.key for entry, _ in runs]
     for n, name in enumerate(names):
         parts = [profile.components_ms.get(name, 0.0) for _, profile in runs]

@@ -43,7 +43,8 @@ def draw() -> None:
     st.markdown(f"`logs/{phase}.log` · {plain(STATE_WORDS.get(shown.state, shown.state))}")
     if not problems:
         lines = tail.count("\n") + 1 if tail else 0
-        st.code(tail or "(empty)", language=None, height=460 if lines > 18 else "content", wrap_lines=True)
+        with st.container(height=480 if lines > 18 else "content", border=False, autoscroll=True):  # opens at its end
+            st.code(tail or "(empty)", language=None, wrap_lines=True)
         st.caption(f"The last {min(lines, LINES)} lines of {size:,} bytes. A bar that redraws itself is shown once.")
     elif shown.state == "not run":
         st.info(f"{phase} has not run in this run.")

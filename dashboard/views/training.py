@@ -1,6 +1,7 @@
 """Loss, bits per byte and recall of the selected runs, with what the optimizer did."""
 
 import math
+from dataclasses import replace
 
 import streamlit as st
 from ui.data import Noted, downloads, read
@@ -90,7 +91,8 @@ def optimizer(runs: Runs) -> None:
     for pair in (parts[:2], parts[2:]):
         for column, (name, title) in zip(st.columns(2), pair, strict=True):
             with column:
-                chart = curve_chart(runs, "language_model", name, None, title, view, height=230, legend=False)
+                chosen = replace(view, smoothing=0.0) if name == "learning_rate" else view  # a schedule has no noise
+                chart = curve_chart(runs, "language_model", name, None, title, chosen, height=230, legend=False)
                 show(chart, name, f"{title} against training progress")
     st.caption("Colours as above. Gradient norm is before clipping; ponder steps are the mean number of passes over "
                "the tied blocks. Source: `metrics.jsonl`, `training_metrics.json`.")

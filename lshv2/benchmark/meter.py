@@ -60,7 +60,7 @@ class Meter:
         """Within, allocations beyond the limit raise."""
         if self.cuda:
             total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb * 2**30 / total), self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory_gb * 2**30 / total))
             yield
             return
         mapped, resident = _status_kb("VmSize"), _status_kb("VmRSS")

@@ -9,7 +9,7 @@ measured before a limit struck is kept. An object with `status` decides the outc
 one is judged by how it ended. The whole process group dies with the job, whatever happens here.
 
 Memory is limited twice. The worker limits itself where that gives a clean error (its own docstring says how); the
-watchdog here looks at resident memory ten times a second and kills what got past that.
+watchdog here looks at resident memory, mapped files aside, ten times a second and kills what got past that.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _watch(pid: int, deadline: float, timeout_seconds: float, max_memory_gb: flo
         if time.monotonic() > deadline:
             return "timeout", f"not finished within {timeout_seconds:g} s (benchmark.timeout_seconds)"
         try:
-            resident = process.memory_info().rss
+            memory = process.memory_info()
+            resident = memory.rss - getattr(memory, "shared", 0)  # CUDA maps gigabytes of library files
         except psutil.Error:
             resident = 0
         if resident > max_memory_gb * 2**30:

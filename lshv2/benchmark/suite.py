@@ -32,6 +32,8 @@ SUMMARY = "benchmark_summary.json"
 WORKER = (sys.executable, "-c", f"from {worker.__name__} import main; main()")
 FIT_FROM = 16_384  # below, launch overheads and cache sizes hide the exponent: used where three lengths remain
 RESOLUTION_MB = 1.0  # peaks below this are within the allocator's granularity
+TIMED = ("lshv2/attention/", "lshv2/benchmark/", "lshv2/hashing", "lshv2/layers", "lshv2/losses", "lshv2/model",
+         "lshv2/ponder")  # the code that a row depends on
 MEASURES = {"latency": "latency_ms", "train_latency": "train_latency_ms", "memory": "activation_mb"}
 SHARED = ("device", "dtype", "threads")  # reported by each worker, the same in all rows
 Row = dict[str, Any]
@@ -93,7 +95,8 @@ def _resumed(run: Run, job: dict[str, Any]) -> dict[str, Any]:
     """An empty summary, with the rows of a killed benchmark if they were measured on the same."""
     key = {name: value for name, value in job.items() if name not in ("checkpoint", "tokens")}  # paths: by content
     contents = [sha256(Path(job[name])) if job[name] else "" for name in ("checkpoint", "tokens")]
-    decisive = json.dumps([key, contents, machine(), source_hashes()], sort_keys=True)
+    code = {name: digest for name, digest in source_hashes().items() if name.startswith(TIMED)}
+    decisive = json.dumps([key, contents, machine(), code], sort_keys=True)
     measured_on = hashlib.sha256(decisive.encode()).hexdigest()
     checkpoint = job["checkpoint"]
     empty = {

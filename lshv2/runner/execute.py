@@ -24,7 +24,7 @@ from lshv2.runs import atomic_path, repo_root
 
 TAG = "lshv2-guard"  # the cells the runner adds; they are not kept in the saved notebook
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-FOREIGN = re.compile(r"site-packages|/lib/python3|lshv2/runner/guard")  # frames that explain nothing to a person
+FOREIGN = re.compile(r"site-packages|/lib/python3")  # frames that explain nothing to a person
 TICK = 0.1  # seconds between looks at the worker
 GRACE = 3.0  # seconds a kernel gets to end by itself after an interrupt
 
@@ -66,6 +66,7 @@ def execute(
     _add_guards(source, token)
     before = set(psutil.Process().children())
     raised: list[BaseException] = []
+    done = threading.Event()  # not Thread.join: in Python 3.11 an interrupted join takes a running thread for ended
     with tempfile.TemporaryDirectory(prefix=f".{notebook.stem}.", dir=output.parent) as folder:
         running = Path(folder) / notebook.name
 
@@ -79,16 +80,15 @@ def execute(
                 raised.append(error)
             finally:
                 ensure_event_loop().close()  # this thread's own, which nobody else would close
+                done.set()
 
-        worker = threading.Thread(target=work, daemon=True, name="papermill")
-        worker.start()
+        threading.Thread(target=work, daemon=True, name="papermill").start()
         try:
-            while worker.is_alive():
-                worker.join(TICK)
+            while not done.wait(TICK):
                 tick()
         finally:  # by now idle, unless an interrupt came
-            if worker.is_alive():
-                _stop_kernels(worker, [c for c in psutil.Process().children() if c not in before])
+            if not done.is_set():
+                _stop_kernels(done, [c for c in psutil.Process().children() if c not in before])
             executed = nbformat.read(running, as_version=4) if running.exists() else source
             printed = _take_guards(executed)
             with atomic_path(output) as temporary:
@@ -118,16 +118,16 @@ def _take_guards(notebook: Any) -> str:
     return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout").strip()
 
 
-def _stop_kernels(worker: threading.Thread, kernels: list[Any]) -> None:
+def _stop_kernels(done: threading.Event, kernels: list[Any]) -> None:
     """Interrupt, wait, then kill the kernels' process groups: nothing that they started survives."""
     for kernel in kernels:
         with suppress(Exception):
             kernel.send_signal(signal.SIGINT)
-    worker.join(GRACE)
+    done.wait(GRACE)
     for kernel in kernels:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(kernel.pid, signal.SIGKILL)
-    worker.join(GRACE)
+    done.wait(GRACE)
 
 
 def _judge(executed: Any, finished: bool, raised: BaseException | None) -> Failure | None:

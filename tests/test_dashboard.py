@@ -1,0 +1,272 @@
+"""The dashboard through Streamlit's AppTest: every page, every state, every kind of broken file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example_runs import done_run, example_runs
+from streamlit.testing.v1 import AppTest
+
+from lshv2.readers import read_benchmark
+from lshv2.runs import append_jsonl, repo_root
+from lshv2.scaling import fit_power
+
+DASHBOARD = repo_root() / "dashboard"
+VIEWS = ("overview", "training", "components", "scaling", "settings", "logs")
+CHARTS = {"training": 8, "components": 1, "scaling": 2}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return example_runs(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture(autouse=True)
+def dashboard_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(DASHBOARD))  # `streamlit run` does the same
+    yield
+
+
+@pytest.fixture
+def root(tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private copy of the examples, as the dashboard's runs folder."""
+    root = tmp_path / "runs"
+    shutil.copytree(examples, root)
+    monkeypatch.setenv("LSHV2_RUNS", str(root))
+    return root
+
+
+def page(view: str, *runs: str) -> AppTest:
+    app = AppTest.from_file(str(DASHBOARD / "app.py"), default_timeout=30)
+    app.query_params["runs"] = list(runs)
+    app.run()
+    if view != "overview":
+        app.switch_page(f"views/{view}.py").run()
+    assert not app.exception, [error.value for error in app.exception]
+    return app
+
+
+def warnings(app: AppTest) -> str:
+    return "\n".join(box.value for box in app.warning).replace("\\", "")
+
+
+def table(app: AppTest, heading: str) -> list[dict[str, str]]:
+    """The first table with this column."""
+    frame = next(shown.value for shown in app.dataframe if heading in shown.value.columns)
+    return frame.to_dict("records")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_page_draws_every_state(root: Path, view: str) -> None:
+    app = page(view, "quick", "quick-seed-1", "big-batch", "reference-h200/full")
+    assert app.title[0].value == view.capitalize()
+    assert len(app.get("plotly_chart")) == CHARTS.get(view, 0)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_no_runs_says_what_to_do(tmp_path: Path, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSHV2_RUNS", str(tmp_path / "empty"))
+    assert "make quick" in page(view).info[0].value
+
+
+def test_the_list_shows_state_device_and_figures(root: Path) -> None:
+    rows = {row["run"]: row for row in table(page("overview", "quick"), "state")}
+    assert {key: row["state"].split(maxsplit=1)[1] for key, row in rows.items()} == {
+        "quick": "done", "quick-small-buckets": "done", "big-batch": "failed", "quick-seed-1": "running",
+        "reference-h200/full": "done (reference)",
+    }
+    assert rows["reference-h200/full"]["device"] == "NVIDIA H200"
+    benchmark = read_benchmark(root / "quick")[0]
+    assert rows["quick"]["α"] == f"{benchmark.fits['lsh', 'train_latency'].exponent:.2f}"
+    assert rows["quick-seed-1"]["α"] == "—"
+
+
+def test_flags_tell_reached_missed_and_not_measured_apart(root: Path) -> None:
+    rows = {row["flag"]: row for row in table(page("overview", "quick", "big-batch"), "flag")}
+    assert rows["65,536 tokens feasible"]["quick"] == "not measured"
+    assert rows["alpha"]["quick"].startswith("✔") and rows["throughput"]["quick"] == "✖ 9,000"
+    assert {row["big-batch"] for row in rows.values()} == {"not measured"}
+
+
+def test_a_running_phase_has_its_bar_and_eta(root: Path) -> None:
+    bars = page("overview", "quick").get("progress")
+    assert len(bars) == 1
+    words = bars[0].proto.text.replace("\\", "")
+    assert "quick-seed-1" in words and "120 of 250 steps" in words and "52 s left" in words
+    assert bars[0].proto.value == 48
+
+
+def test_a_failed_phase_shows_error_traceback_and_how_to_resume(root: Path) -> None:
+    app = page("logs", "big-batch")
+    assert "not enough memory" in app.error[0].value
+    code = [block.value for block in app.code]
+    assert "loss = model(batch" in code[0] and code[1] == "make quick RUN=big-batch"
+    assert code[2].splitlines()[-1] == "100%" and len(code[2].splitlines()) == 200
+
+
+BROKEN = {"torn": b'{"schema": 1, "rows": [', "deep": b"[" * 100_000}  # test_readers has every kind
+SHOWN_ON = {
+    "config.json": "settings", "training_metrics.json": "training", "component_profiles.json": "components",
+    "benchmark_summary.json": "scaling", "pipeline_results.json": "overview", "progress.json": "overview",
+    "03_train.OK": "overview",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("name", SHOWN_ON)
+def test_a_broken_file_is_named_and_the_rest_still_draws(root: Path, name: str, kind: str) -> None:
+    (root / "quick" / name).write_bytes(BROKEN[kind])
+    app = page(SHOWN_ON[name], "quick", "quick-small-buckets")
+    assert f"quick: {name} " in warnings(app)
+    assert "quick-small-buckets" in str([app.get("plotly_chart"), *(shown.value for shown in app.dataframe)])
+    assert len(app.get("plotly_chart")) == CHARTS.get(SHOWN_ON[name], 0)
+
+
+@pytest.mark.parametrize("name", [name for name in SHOWN_ON if name not in ("progress.json", "03_train.OK")])
+def test_a_missing_file_is_named(root: Path, name: str) -> None:
+    (root / "quick" / name).unlink()
+    assert f"quick: {name} is missing" in warnings(page(SHOWN_ON[name], "quick", "quick-small-buckets"))
+
+
+def test_what_a_phase_has_yet_to_write_is_no_warning(root: Path) -> None:
+    app = page("scaling", "quick-seed-1")
+    assert not app.warning
+    assert "not measured yet, 04_benchmark writes it (not run)" in app.info[0].value.replace("\\", "")
+
+
+def test_a_broken_line_of_metrics_is_named_with_its_number(root: Path) -> None:
+    with open(root / "quick" / "metrics.jsonl", "a") as file:
+        file.write("{broken}\n" + json.dumps({"task": "language_model", "event": "train", "step": 251}) + "\n")
+    lines = (root / "quick" / "metrics.jsonl").read_text().splitlines()
+    assert f"quick: metrics.jsonl line {len(lines) - 1} is broken" in warnings(page("training", "quick"))
+
+
+def test_hostile_strings_are_shown_as_text(root: Path) -> None:
+    path = root / "quick" / "pipeline_results.json"
+    content = json.loads(path.read_text())
+    content["verdict"] = "<b>bold</b> \ud800 :red[x] [link](javascript:alert(1)) `code`"
+    content["environment"]["\ud800"] = {"deep": "<script>"}
+    path.write_text(json.dumps(content))
+    app = page("overview", "quick")
+    shown = next(element.value for element in app.markdown if "bold" in element.value)
+    assert "\\<b\\>" in shown and "\\[link\\]\\(" in shown and "\\:red\\[" in shown
+    assert not page("settings", "quick").exception
+
+
+def test_the_address_chooses_runs_only_from_the_list(root: Path, tmp_path: Path) -> None:
+    done_run(tmp_path / "outside", steps=5)
+    app = page("settings", "quick", "../outside", "/etc", "reference-h200/full")
+    assert app.multiselect(key="runs").value == ["quick", "reference-h200/full"]
+
+
+def test_a_selection_outlives_a_new_run_and_keeps_its_colours(root: Path) -> None:
+    app = page("training", "quick", "big-batch")
+    before = app.session_state["slots"]
+    done_run(root / "newest", steps=5)
+    app.run()
+    assert app.multiselect(key="runs").value == ["quick", "big-batch"]
+    assert app.multiselect(key="runs").options[0] == "newest"
+    assert app.session_state["slots"] == before
+    shutil.rmtree(root / "big-batch")
+    app.run()
+    assert not app.exception and app.multiselect(key="runs").value == ["quick"]
+
+
+def test_settings_can_show_only_what_differs(root: Path) -> None:
+    app = page("settings", "quick", "quick-small-buckets")
+    app.toggle(key="only_differences").set_value(True).run()
+    found = {row["setting"]: (row["quick"], row["quick-small-buckets"]) for row in table(app, "setting")}
+    assert found == {"seed": ("0", "3"), "model.bucket_size": ("64", "32"), "train.learning_rate": ("0.003", "0.001")}
+
+
+def test_every_choice_redraws(root: Path) -> None:
+    app = page("training", "quick", "big-batch")
+    app.toggle(key="log_x").set_value(True)
+    app.toggle(key="log_y").set_value(True)
+    app.slider(key="smoothing").set_value(0.9)
+    app.run()
+    assert not app.exception
+    layout = json.loads(app.get("plotly_chart")[0].proto.spec)["layout"]
+    assert (layout["xaxis"]["type"], layout["yaxis"]["type"]) == ("log", "log")
+    bits = json.loads(app.get("plotly_chart")[1].proto.spec)["layout"]
+    assert bits["annotations"][0]["text"] == "order-2 byte model 2.310" and bits["shapes"][0]["y0"] == 2.31
+
+
+def test_new_lines_are_drawn_on_the_next_redraw(root: Path) -> None:
+    app = page("training", "quick-seed-1")
+    append_jsonl(root / "quick-seed-1" / "metrics.jsonl",
+                 {"task": "language_model", "event": "train", "step": 777, "loss_train": 1.2345, "time": time.time()})
+    app.run()
+    assert "1.234" in str(table(app, "loss, train")) and "777" in str(table(app, "loss, train"))
+
+
+def test_thinning_keeps_spikes_and_ends() -> None:
+    from ui.training_charts import smooth, thin
+
+    x = np.arange(1.0, 20_001.0)
+    y = np.sin(x / 500)
+    y[12_345], y[77] = 9.0, -9.0
+    for log_x in (False, True):
+        short_x, short_y = thin(x, y, log_x=log_x)
+        assert len(short_x) <= 1002 and {9.0, -9.0} <= set(short_y)
+        assert (short_x[0], short_x[-1]) == (1.0, 20_000.0) and (np.diff(short_x) > 0).all()
+    assert len(thin(x, np.full(20_000, np.nan))[0]) == 0
+    noisy = np.random.default_rng(0).standard_normal(4000)
+    assert smooth(noisy, 0.95).std() < 0.25 and smooth(np.ones(5), 0.9) == pytest.approx(np.ones(5))
+
+
+def test_the_band_of_a_fit_is_the_textbook_one() -> None:
+    """Against fit_power's own residuals and t: half width = t·s·√(1/n + (x − x̄)²/Sxx)."""
+    from ui.scaling_charts import fitted
+
+    from lshv2.readers import Fit, Row
+    from lshv2.scaling import student_t_quantile
+
+    lengths = np.array([1024, 2048, 4096, 8192, 16384])
+    values = 0.02 * lengths**1.1 * np.exp([0.02, -0.04, 0.03, 0.0, -0.01])
+    fit = fit_power(lengths, values)
+    rows = [Row("lsh", int(n), "ok", "", {"latency_ms": float(v)}) for n, v in zip(lengths, values, strict=True)]
+    read = Fit(**{k: float(v) for k, v in vars(fit).items() if k in Fit.__dataclass_fields__})
+    x, line, low, high = fitted(rows, read, "latency_ms")
+    log_x = np.log(lengths)
+    residuals = np.log(values) - fit.intercept - fit.exponent * log_x
+    scale = student_t_quantile(3) * np.sqrt((residuals**2).sum() / 3)
+    half = scale * np.sqrt(1 / 5 + (np.log(x) - log_x.mean()) ** 2 / ((log_x - log_x.mean()) ** 2).sum())
+    np.testing.assert_allclose(np.log(line), fit.intercept + fit.exponent * np.log(x), rtol=1e-12)
+    np.testing.assert_allclose(np.log(high / line), half, rtol=1e-9)
+    np.testing.assert_allclose(np.log(line / low), half, rtol=1e-9)
+    assert fitted(rows[:-1], read, "latency_ms") is None, "a line through other points than were fitted"
+
+
+def test_no_page_imports_torch(examples: Path) -> None:
+    code = f"""
+import sys
+from streamlit.testing.v1 import AppTest
+sys.path.insert(0, {str(DASHBOARD)!r})
+app = AppTest.from_file({str(DASHBOARD / "app.py")!r}, default_timeout=60).run()
+for view in {VIEWS!r}:
+    app.switch_page(f"views/{{view}}.py").run()
+    assert not app.exception and app.title[0].value == view.capitalize()
+assert "plotly" in sys.modules
+assert not {{"torch", "tokenizers", "safetensors"}} & set(sys.modules), "torch came in"
+"""
+    environment = {**os.environ, "LSHV2_RUNS": str(examples)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_server_is_local_and_quiet() -> None:
+    config = tomllib.loads((repo_root() / ".streamlit" / "config.toml").read_text())
+    assert config["server"]["address"] == "127.0.0.1" and config["server"]["headless"] is True
+    assert config["browser"]["gatherUsageStats"] is False and config["client"]["showErrorDetails"] == "none"
+    assert config["client"]["toolbarMode"] == "minimal" and config["runner"]["magicEnabled"] is False
