@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-
 from lshv2.data import ensure
 from lshv2.evaluation import evaluate
 from lshv2.losses import IGNORE
@@ -28,8 +27,9 @@ from lshv2.train import language_task
 from lshv2.trainer import Trainer
 
 BASE: dict[str, Any] = {
-    "model.vocab_size": 257, "model.d_model": 256, "model.n_layers": 4, "model.weight_tied_layers": 4, "model.n_heads": 4,
-    "model.n_kv_heads": 4, "model.d_ff": 1024, "model.use_ponder": False, "model.max_seq_len": 2048, "model.window": 256,
+    "model.vocab_size": 257, "model.d_model": 256, "model.n_layers": 4, "model.weight_tied_layers": 4,
+    "model.n_heads": 4, "model.n_kv_heads": 4, "model.d_ff": 1024, "model.use_ponder": False,
+    "model.max_seq_len": 2048, "model.window": 256,
     "model.bucket_size": 64, "model.n_buckets": 32, "data.max_bytes": None, "train.seq_length": 2048,
     "train.batch_size": 16, "train.num_epochs": 1, "train.num_eval_sequences": 128, "train.learning_rate": 1e-3,
     "train.eval_every": 400, "train.checkpoint_every": 600, "train.keep_checkpoints": 1, "train.log_every": 50,
@@ -72,7 +72,7 @@ def train_variant(base: Run, out: Path, name: str, seed: int, overrides: dict[st
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean, lowest and highest by variant."""
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         table[name] = {"seeds": len(mine)}

@@ -50,12 +50,13 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     listed, problem = read_json(folder / LAST)
     if listed is None:
         return None, [] if problem and "missing" in problem else [str(problem)]
-    notes = []
+    notes: list[str] = []
     for entry in reversed(listed["history"]):
         path = folder / entry["file"]
         if path.exists() and sha256(path) == entry["sha256"]:
             return path, notes
-        notes.append(f"checkpoint {path} is {'damaged' if path.exists() else 'missing'}: falling back to the one before")
+        state = "damaged" if path.exists() else "missing"
+        notes.append(f"checkpoint {path} is {state}: falling back to the one before")
     return None, notes
 
 
@@ -75,7 +76,7 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> No
     for name in own.keys() | weights.keys():
         if name not in weights or name not in own or weights[name].shape != own[name].shape:
             raise UserError(
-                f"{source} was made with another model shape (tensor {name}): use its own settings, or FORCE=1 to retrain"
+                f"{source} was made with another model shape (tensor {name}): use its settings, or FORCE=1 to retrain"
             )
     model.load_state_dict(weights)
 

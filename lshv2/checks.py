@@ -114,8 +114,9 @@ def example_pattern(settings: Settings, length: int) -> Tensor:
     block = model.blocks[0]
     q, k, _ = block.attention.project(block.attention_norm(model.embedding(ids)))  # type: ignore[operator,union-attr]
     q_ids, k_ids = block.attention.hash(q, k)  # type: ignore[operator,union-attr]
-    sizes = dict(bucket_size=config.bucket_size, window=config.window, n_global=config.n_global)
-    return visible_set(q_ids[:, :1], k_ids[:, :1], **sizes)[0, 0]
+    return visible_set(
+        q_ids[:, :1], k_ids[:, :1], bucket_size=config.bucket_size, window=config.window, n_global=config.n_global
+    )[0, 0]
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -57,8 +57,10 @@ class ModelConfig(Section):
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
     rotary_fraction: Fraction = Field(0.5, description="part of each head's dimensions that carries positions")
     rotary_base: PositiveFloat = 10_000.0
-    ponder_prior: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.4, description="λ_p of the geometric prior")
-    ponder_beta: NonNegativeFloat = Field(0.01, description="weight of the KL to that prior")
+    ponder_prior: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="λ_p of the geometric prior")
+    ponder_beta: NonNegativeFloat = Field(
+        0.1, description="weight of the KL to that prior; at 0.01 every token learns to stop at the first step"
+    )
     ponder_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.5, description="a token halts at the first step whose cumulative halting probability reaches this"
     )
@@ -68,7 +70,7 @@ class ModelConfig(Section):
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}")
         if (self.d_model // self.n_heads) % 4:
-            raise ValueError(f"head dimension {self.d_model // self.n_heads} (d_model / n_heads) is not a multiple of 4")
+            raise ValueError(f"head dimension {self.head_dim} (d_model / n_heads) is not a multiple of 4")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.n_layers % self.weight_tied_layers:

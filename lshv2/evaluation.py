@@ -37,7 +37,7 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy of `model` in `eval()` (left in the mode it was found in).
 
-    token_bytes [V]: bytes that each token stands for; with it, bits per byte = Σ nats / ln 2 / Σ bytes of scored tokens.
+    token_bytes [V]: bytes that each token stands for; with it bits per byte = Σ nats / ln 2 / Σ bytes of scored tokens.
     """
     was_training = model.training
     model.eval()

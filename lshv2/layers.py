@@ -106,7 +106,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if config.attention == "dense":
             with region("dense_attn"):
-                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=config.n_heads != config.n_kv_heads)
+                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             out = lsh_attention(
                 q, k, v, q_ids, k_ids, n_buckets=config.resolved_n_buckets, bucket_size=config.bucket_size,

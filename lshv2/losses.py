@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a label that is not scored
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in float32
+CHUNK_ELEMENTS = 1 << 22  # logits alive at once: 16 MB in float32,
+MIN_ROWS = 1024  # or this many rows of them: smaller products waste the hardware
 
 
 def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -18,10 +19,10 @@ def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Nats of each token: hidden [M,d], weight [V,d], labels int64 [M] -> [M], zero where labels are IGNORE.
 
-    Chunks of rows are recomputed in the backward, so memory is O(CHUNK_ELEMENTS), not M·V.
+    Chunks of rows are recomputed in the backward, so memory is O(CHUNK_ELEMENTS + MIN_ROWS·V), not M·V.
     """
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    rows = max(MIN_ROWS, CHUNK_ELEMENTS // weight.shape[0])
     if hidden.shape[0] <= rows:
         return _chunk(hidden, weight, labels)
     pieces = zip(hidden.split(rows), labels.split(rows), strict=True)
-    return torch.cat([checkpoint(_chunk, h, weight, y, use_reentrant=False) for h, y in pieces])  # type: ignore[misc]
+    return torch.cat([checkpoint(_chunk, h, weight, y, use_reentrant=False) for h, y in pieces])

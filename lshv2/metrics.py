@@ -40,7 +40,9 @@ def columns(records: list[dict[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def write_training_metrics(run: Run, state: str, language_model: dict[str, Any], recall: dict[str, Any]) -> dict[str, Any]:
+def write_training_metrics(
+    run: Run, state: str, language_model: dict[str, Any], recall: dict[str, Any]
+) -> dict[str, Any]:
     """Consolidate `metrics.jsonl`; the two dicts are scalars to put beside each task's columns."""
     records, problem = read_jsonl(run.metrics)
     if problem:

@@ -61,7 +61,8 @@ class LSHModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.config = config
         self.gradient_checkpoint = False  # the trainer's choice, not a property of the weights
-        self.embedding = skip_init(nn.Embedding, config.vocab_size, config.d_model)
+        table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
+        self.embedding = nn.Embedding(*table.shape, _weight=table)
         self.blocks = nn.ModuleList(Block(config, generator) for _ in range(config.weight_tied_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.head = skip_init(nn.Linear, config.d_model, config.vocab_size, bias=False)
@@ -93,7 +94,7 @@ class LSHModel(nn.Module):
             x = x + self.step_embedding[n].to(x.dtype)
         for block in self.blocks:
             if self.gradient_checkpoint and self.training:
-                x = checkpoint(block, x, *angles, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, *angles, use_reentrant=False)
             else:
                 x = block(x, *angles)
         return x

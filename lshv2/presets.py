@@ -26,15 +26,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
         "model": dict(
             vocab_size=2048, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=16_384, d_ff=512,
-            weight_tied_layers=2, bucket_size=64, window=64,
+            weight_tied_layers=2, bucket_size=64, window=64, n_buckets=64,
         ),
         "data": dict(max_bytes=16_000_000, synthetic_seq_length=512, num_synthetic_train=200, num_synthetic_eval=20),
         "train": dict(
-            model_size="1M", seq_length=512, batch_size=8, num_epochs=1, learning_rate=3e-3, num_train_sequences=2_000,
+            model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=800,
             num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=50, checkpoint_every=100,
         ),
         "recall": dict(
-            seq_length=128, n_pairs=8, vocab_size=256, d_model=64, batch_size=32, num_train_sequences=20_000,
+            seq_length=128, n_pairs=8, vocab_size=256, d_model=64, batch_size=32, num_train_sequences=10_240,
             num_eval_sequences=128, n_buckets=8, learning_rate=3e-3, eval_every=100,
         ),
         "benchmark": dict(sequence_lengths=(1_024, 2_048, 4_096, 8_192, 16_384), num_samples_per_length=3,
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "data": dict(max_bytes=200_000, synthetic_seq_length=64, num_synthetic_train=4, num_synthetic_eval=2),
         "train": dict(
-            model_size="32K", seq_length=64, batch_size=2, num_epochs=1, learning_rate=3e-3, num_train_sequences=16,
+            model_size="30K", seq_length=288, batch_size=2, num_epochs=1, learning_rate=3e-3, num_train_sequences=16,
             num_eval_sequences=4, gradient_checkpoint=False, num_workers=0, eval_every=4, checkpoint_every=4,
             log_every=2,
         ),

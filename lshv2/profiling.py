@@ -53,11 +53,10 @@ class Profiler:
         self._mark()
 
     def _mark(self) -> None:
+        stamp: Any = time.perf_counter()
         if self.cuda:
             stamp = torch.cuda.Event(enable_timing=True)
             stamp.record()
-        else:
-            stamp = time.perf_counter()
         self._marks.append((self._stack[-1] if self._stack else None, stamp))
 
     def milliseconds(self) -> dict[str, float]:

@@ -45,7 +45,8 @@ class Progress:
         self.done += n
         self.figures.update(figures)
         if self.bar is not None:
-            self.bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in self.figures.items()}, refresh=False)
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in self.figures.items()}
+            self.bar.set_postfix(shown, refresh=False)
             self.bar.update(n)
         self._write()
 

@@ -89,7 +89,8 @@ class Trainer:
     def _optimizer(self) -> torch.optim.AdamW:
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         plain = [p for p in self.model.parameters() if p.ndim < 2]  # norms, shifts, temperatures, biases
-        groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        decay = self.settings.weight_decay
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
         betas = (self.settings.adam_beta1, self.settings.adam_beta2)
         return torch.optim.AdamW(groups, lr=self.task.learning_rate, betas=betas, fused=self.device.type == "cuda")
 
@@ -144,7 +145,7 @@ class Trainer:
             order = epoch_order(len(data), epoch, self.run.settings.seed)  # type: ignore[arg-type]
             batches = [order[i * size : (i + 1) * size].tolist() for i in range(at, self.steps_per_epoch)]
             workers = min(self.settings.num_workers, len(batches))
-            generator = torch.Generator().manual_seed(self.run.settings.seed)  # else the loader draws from the global RNG
+            generator = torch.Generator().manual_seed(self.run.settings.seed)  # else it draws from the global one
             yield from DataLoader(
                 data, batch_sampler=batches, num_workers=workers, generator=generator,
                 pin_memory=self.device.type == "cuda",

@@ -26,7 +26,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def draw(seed: int, b: int, h: int, k: int, t: int, d: int, r: int, n: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def draw(
+    seed: int, b: int, h: int, k: int, t: int, d: int, r: int, n: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """q, k, v, grad, q_buckets, k_buckets."""
     g = torch.Generator().manual_seed(seed)
     q, key, v = (torch.randn(b, x, t, d, generator=g, dtype=dtype).requires_grad_() for x in (h, k, k))
@@ -50,8 +52,9 @@ def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> Non
 
 shapes = st.fixed_dictionaries(
     dict(
-        seed=st.integers(0, 10**6), b=st.integers(1, 2), k=st.integers(1, 3), groups=st.integers(1, 4), t=st.integers(1, 200),
-        d=st.sampled_from([4, 8, 12]), r=st.integers(0, 4), n=st.sampled_from([1, 2, 8, 64]), w=st.sampled_from([1, 4, 32, 300]),
+        seed=st.integers(0, 10**6), b=st.integers(1, 2), k=st.integers(1, 3), groups=st.integers(1, 4),
+        t=st.integers(1, 200), d=st.sampled_from([4, 8, 12]), r=st.integers(0, 4), n=st.sampled_from([1, 2, 8, 64]),
+        w=st.sampled_from([1, 4, 32, 300]),
         window=st.sampled_from([1, 7, 32, 300]), n_global=st.sampled_from([0, 1, 5]),
     )
 )
@@ -76,6 +79,18 @@ def test_equals_the_oracle_in_lower_precision(backend: str, dtype: torch.dtype, 
     sizes = dict(n_buckets=8, bucket_size=16, window=32, n_global=4)
     got = [x.double() for x in out_and_grads(backend, tensors, **sizes)]
     assert_close(got, out_and_grads("reference", exact, **sizes), tolerance)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_changes_precision_only(backend: str) -> None:
+    """Under bfloat16 autocast, from float32 inputs and from bfloat16 ones, as in a model."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = draw(1, 1, 4, 2, 300, 16, 2, 4, dtype=dtype)
+        sizes = dict(n_buckets=4, bucket_size=16, window=32, n_global=2)
+        want = out_and_grads("reference", tensors, **sizes)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = out_and_grads(backend, tensors, **sizes)
+        assert_close([x.float() for x in got], [x.float() for x in want], 3e-2)
 
 
 def _collapse(q_ids: Tensor, k_ids: Tensor) -> None:

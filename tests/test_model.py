@@ -15,8 +15,8 @@ from lshv2.model import LSHModel, create_lsh_v2_model
 from lshv2.sizes import count_parameters, shape_for
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=61, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, bucket_size=8, weight_tied_layers=2,
-    d_ff=48, n_rounds=2, window=8, n_global=2, n_buckets=8,
+    vocab_size=61, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, bucket_size=8,
+    weight_tied_layers=2, d_ff=48, n_rounds=2, window=8, n_global=2, n_buckets=8,
 )
 
 
@@ -35,7 +35,7 @@ def test_the_documented_configuration_has_100M_parameters() -> None:
     assert model.count_parameters() == count_parameters(model.config)
 
 
-@pytest.mark.parametrize("size", ["1M", "2M", "5M", "10M", "20M", "50M", "75M", "125M", "250M", "350M", "500M", "760M", "1B"])
+@pytest.mark.parametrize("size", ["1M", "2M", "5M", "10M", "20M", "50M", "75M", "125M", "250M", "500M", "760M", "1B"])
 @pytest.mark.parametrize("vocab", [256, 2048, 32_000])
 def test_sizes_resolve_within_five_percent_or_one_line_says_why(size: str, vocab: int) -> None:
     target = parse_size(size)
@@ -70,7 +70,8 @@ def test_loss_is_shifted_cross_entropy_of_the_logits() -> None:
     assert out.logits.shape == (2, 100, 61)
     expected = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert abs(out.loss - expected) < 1e-6
-    assert out.cross_entropy[0, 0] == 0 and abs(out.cross_entropy.sum() / (labels[:, 1:] != -100).sum() - expected) < 1e-5
+    assert out.cross_entropy[0, 0] == 0
+    assert abs(out.cross_entropy.sum() / (labels[:, 1:] != -100).sum() - expected) < 1e-5
 
 
 def test_chunked_cross_entropy_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +80,9 @@ def test_chunked_cross_entropy_equals_the_whole(monkeypatch: pytest.MonkeyPatch)
     labels = torch.randint(0, 20, (50,), generator=g)
     labels[::7] = -100
     results = []
-    for limit in (1 << 24, 60):
-        monkeypatch.setattr("lshv2.losses.CHUNK_ELEMENTS", limit)
+    for rows in (1024, 3):
+        monkeypatch.setattr("lshv2.losses.MIN_ROWS", rows)
+        monkeypatch.setattr("lshv2.losses.CHUNK_ELEMENTS", 20)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = token_cross_entropy(h, w, labels)
         results.append([loss.detach(), *torch.autograd.grad(loss.sum(), (h, w))])
@@ -121,7 +123,8 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         loss = model(x, labels=x).loss
         loss.backward()
         model.update_hash()
-        results.append([loss.detach(), *(p.grad for p in model.parameters()), *(t for b in model.blocks for t in b.attention.tables)])
+        tables = [t for b in model.blocks for t in b.attention.tables]
+        results.append([loss.detach(), *(p.grad for p in model.parameters()), *tables])
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() < 1e-6
 

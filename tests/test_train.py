@@ -15,13 +15,19 @@ import torch
 
 from lshv2.checkpoint import find_checkpoint, read_checkpoint
 from lshv2.errors import UserError
-from lshv2.metrics import columns, standing
+from lshv2.metrics import TRAIN_COLUMNS, columns, standing
 from lshv2.runs import Run, open_run, read_jsonl
 from lshv2.train import train_run
 
-SCRIPT = "import sys; from lshv2.runs import load_run; from lshv2.train import train_run; train_run(load_run(sys.argv[1]))"
+SCRIPT = """
+import sys
+from lshv2.runs import load_run
+from lshv2.train import train_run
+train_run(load_run(sys.argv[1]))
+"""
+# 288 tokens: long enough for the tiled backend
 MORE = {"train.num_train_sequences": 120, "train.num_epochs": 2, "train.batch_size": 2, "train.checkpoint_every": 20,
-        "train.eval_every": 40}
+        "train.eval_every": 40, "train.seq_length": 288, "train.num_eval_sequences": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def test_it_learns_and_measures(finished: Run) -> None:
     metrics = json.loads(finished.file("training_metrics.json").read_text())
     assert metrics["state"] == "done" and metrics["step"][-1] == 120
     assert metrics["bits_per_byte"][-1] < 0.85 * metrics["bits_per_byte"][0], metrics["bits_per_byte"]
-    rows = {len(metrics[c]) for c in ("step", "loss_train", "learning_rate", "tokens_per_sec", "ponder_steps", "tokens")}
+    rows = {len(metrics[c]) for c in TRAIN_COLUMNS}
     assert len(rows) == 1 and metrics["eval_step"] == [0, 40, 80, 120]
     assert max(metrics["learning_rate"]) <= 3e-3 and metrics["learning_rate"][-1] < 0.11 * 3e-3
     assert metrics["recall"]["chance"] == pytest.approx(1 / 16)
@@ -57,7 +63,8 @@ def test_profile_parts_add_up_to_the_step(finished: Run) -> None:
 def test_a_killed_run_continues_to_the_same_weights(finished: Run, tmp_path: Path) -> None:
     """SIGKILL after the second checkpoint; resumed, it ends bit for bit where the uninterrupted run ended."""
     run = open_run(tmp_path / "killed", preset="test", overrides=MORE)
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(run.path)], env=_environment(), stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SCRIPT, str(run.path)]
+    process = subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL)
     folder, deadline = run.checkpoints / "language_model", time.monotonic() + 120
     while not (folder / "step_00000040.safetensors").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -92,6 +99,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(finished: Run, tmp_p
 
 
 def test_another_shape_is_one_line(finished: Run) -> None:
-    other = Run(finished.path, open_run(finished.path.parent / "other", preset="test", overrides={**MORE, "model.d_ff": 96}).settings)
+    wider = open_run(finished.path.parent / "other", preset="test", overrides={**MORE, "model.d_ff": 96})
+    other = Run(finished.path, wider.settings)
     with pytest.raises(UserError, match="another model shape"):
         train_run(other)

@@ -9,8 +9,8 @@ Query token t sees each key s in  S(t) = Local(t) ∪ Global(t) ∪ Bucket_1(t) 
 and out(t) is one softmax over that union of q·k/√D: a key counts once, however many rounds found it.
 Output at t depends on tokens <= t only. Memory is linear in T. Bucket ids come from `lshv2.hashing`, or anywhere.
 
-Backends: "reference" (dense mask from the definition, the oracle), "torch" (sorted tiles, linear memory), "masked" (SDPA
-with a mask: quadratic, for short inputs). `backend=None` chooses, here alone.
+Backends: "reference" (dense mask from the definition, the oracle), "torch" (sorted tiles, linear memory), "masked"
+(SDPA with a mask: quadratic, for short inputs). `backend=None` chooses, here alone.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class FarTiles:
                 while end < len(counts) and end - at < most and counts[end] == width:
                     end += 1
                 chosen = order[at:end]
-                yield self._batch(r, rows[chosen], first[chosen] + piece * MAX_STEPS * KEY_STEP, width, positions, ranks)
+                start = first[chosen] + piece * MAX_STEPS * KEY_STEP
+                yield self._batch(r, rows[chosen], start, width, positions, ranks)
                 at = end
             piece += 1
 
@@ -119,8 +120,8 @@ class FarTiles:
         return [self.tables.rank[:, e].gather(-1, order).flatten() for e in range(r)]
 
     def _batch(self, r: int, rows: Tensor, first: Tensor, steps: int, positions: Tensor, ranks: list[Tensor]) -> Batch:
-        flat = first[:, None] + torch.arange(steps * KEY_STEP, device=rows.device)  # flat ranks of round r, [b,C]
-        query = rows.clamp_max(self.n * self.queries - 1)  # the dummy row borrows the last query: its result is dropped
+        flat = first[:, None] + torch.arange(steps * KEY_STEP, device=rows.device)  # flat ranks, [b,C]
+        query = rows.clamp_max(self.n * self.queries - 1)  # the dummy row borrows the last query, its result is dropped
         group = query[:, :1] // self.queries
         inside = flat.clamp_max(self.n * self.length - 1)
         place = (flat - group * self.length).int()[:, None, :]  # rank within its group

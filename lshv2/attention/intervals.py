@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Intervals:
-    """order [N,R,T]: key position at each rank; rank [N,R,T]: its inverse; lo, hi int32 [N,R,M]; query_code int64 [N,R,M]."""
+    """order [N,R,T]: key position at each rank; rank [N,R,T]: its inverse; lo, hi int32, query_code int64 [N,R,M]."""
 
     order: Tensor
     rank: Tensor
@@ -35,7 +35,7 @@ class Intervals:
 def build_intervals(
     q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int, n_global: int
 ) -> Intervals:
-    """q_buckets [B,H,R,T], k_buckets [B,K,R,T] of one document each row -> the tables. O(R·T·log T), no n_buckets term."""
+    """q_buckets [B,H,R,T], k_buckets [B,K,R,T], one document a row -> the tables. O(R·T·log T), no n_buckets term."""
     batch, n_heads, rounds, length = q_buckets.shape
     n_kv = k_buckets.shape[1]
     position = torch.arange(length, device=q_buckets.device)
@@ -44,7 +44,8 @@ def build_intervals(
     codes = key_bucket.gather(-1, order).long() * length + order  # ascending (bucket, position) pairs
     rank = torch.empty_like(order).scatter_(-1, order, position.expand_as(order))
 
-    first = q_buckets.reshape(batch, n_kv, n_heads // n_kv, rounds, length).transpose(2, 3).long() * length  # [B,K,R,G,T]
+    grouped = q_buckets.reshape(batch, n_kv, n_heads // n_kv, rounds, length)
+    first = grouped.transpose(2, 3).long() * length  # [B,K,R,G,T]
     query_code = (first + position).flatten(3).flatten(0, 1).contiguous()  # [N,R,M]
     first = first.flatten(3).flatten(0, 1).contiguous()  # [N,R,M]: where the bucket of each query begins
     here = position.repeat(n_heads // n_kv)

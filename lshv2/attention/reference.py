@@ -20,7 +20,8 @@ def document_starts(length: int, cu_seqlens: Tensor | None, device: torch.device
 
 
 def visible_set(
-    q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int, n_global: int, cu_seqlens: Tensor | None = None
+    q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int, n_global: int,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """S(t) as a mask: q_buckets [B,H,R,T], k_buckets [B,K,R,T] -> bool [B,H,T,T], True where query t sees key s."""
     batch, n_heads, rounds, length = q_buckets.shape

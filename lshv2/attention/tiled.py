@@ -23,15 +23,20 @@ def _flat_queries(x: Tensor) -> Tensor:
     return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
 
 
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: around us it would turn the products, and only them, to half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Intervals, window: int, n_global: int) -> Tensor:
         """q [N,G,T,D], k, v [N,T,D] -> out [N,G,T,D]."""
         work = torch.promote_types(q.dtype, torch.float32)
         q_w, k_w, v_w = (x.to(work) for x in (q, k, v))
-        with region("global"):
+        with region("global"), _full_precision(q):
             out, lse = local_forward(q_w, k_w, v_w, window, n_global)
-        with region("bucket_attn"):
+        with region("bucket_attn"), _full_precision(q):
             flat_out, flat_lse = _flat_queries(out), _flat_queries(lse)
             far_forward(_flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(tables), flat_out, flat_lse)
             out, lse = flat_out[:-1].view_as(out), flat_lse[:-1].view_as(lse)
@@ -44,10 +49,10 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         work = out.dtype
         q_w, k_w, v_w, grad = (x.to(work) for x in (q, k, v, grads[0]))
-        with region("global"):
+        with region("global"), _full_precision(q):
             delta = (grad * out).sum(-1)
             dq, dk, dv = local_backward(q_w, k_w, v_w, ctx.window, ctx.n_global, grad, lse, delta)
-        with region("bucket_attn"):
+        with region("bucket_attn"), _full_precision(q):
             flat_dq = _flat_queries(dq)
             far_backward(
                 _flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(ctx.tables), _flat_queries(grad),

@@ -1,0 +1,145 @@
+"""What to look at: a model (the newest trained run's, or an untrained one), texts, and q, k of every layer for a text.
+
+Legend: H query heads, K key/value heads, T tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lshv2.checkpoint import LAST, find_checkpoint, load_model, read_checkpoint
+from lshv2.data.packing import read_stream
+from lshv2.data.tokenizer import decode, read_tokenizer
+from lshv2.errors import UserError
+from lshv2.layers import Attention, rotate
+from lshv2.model import LSHModel
+from lshv2.presets import make_settings
+from lshv2.runs import Run, list_runs, load_run, runs_root
+
+MAX_LENGTH = 512  # tokens: a [T,T] picture beyond it is neither readable nor immediate
+N_TEXTS = 8  # evaluation windows to choose from
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model (on the CPU, in eval mode) and texts to look at: int64 [1,T] by label. `about`: which ones, in words."""
+
+    model: LSHModel
+    about: str
+    texts: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+    length: int
+    seed: int
+
+
+def open_subject(run_dir: str = "", *, length: int = 256, seed: int = 0) -> Subject:
+    """The newest run with a language-model checkpoint below `runs/`, or `run_dir` (a path or a name there).
+
+    Without any: the quick preset's model, untrained, on synthetic ids. Raises UserError when `run_dir` has no usable
+    checkpoint, or when `length` is not in 2..512 or above the model's max_seq_len.
+    """
+    if not 2 <= length <= MAX_LENGTH:
+        raise UserError(f"length={length} is not between 2 and {MAX_LENGTH}")
+    run, notes = _chosen_run(run_dir)
+    config = run.settings.model if run else make_settings("quick").model
+    if length > config.max_seq_len:
+        raise UserError(f"length={length} is above this model's max_seq_len={config.max_seq_len}: choose a smaller one")
+    model = LSHModel(config, seed).eval()
+    about = "untrained weights of the quick preset: no run here has a language_model checkpoint yet"
+    if run:
+        path, passed_over = find_checkpoint(run.checkpoints / "language_model")
+        if path is None:
+            raise UserError(f"{run.path} has no undamaged language_model checkpoint: {'; '.join(passed_over)}")
+        tensors, state = read_checkpoint(path)
+        load_model(model, tensors, path)
+        about, notes = f"run {run.name}, checkpoint of step {state['step']}", [*notes, *passed_over]
+    if run and (run.data / "tokenizer.json").is_file() and (run.data / "eval.bin").is_file():
+        tokenizer = read_tokenizer(run.data / "tokenizer.json")
+        texts = _eval_texts(run, tokenizer, length)
+        about += ", on held-out text"
+    else:
+        tokenizer, texts = None, _synthetic_texts(config.vocab_size, length, seed)
+        about += ", on synthetic ids"
+    return Subject(model, "; ".join([about, *notes]), texts, tokenizer, length, seed)
+
+
+def _chosen_run(run_dir: str) -> tuple[Run | None, list[str]]:
+    """The run to look at (None: there is no trained one), and a line for each trained one that could not be read."""
+    if run_dir:
+        run = load_run(runs_root() / run_dir)
+        if not (run.checkpoints / "language_model" / LAST).is_file():
+            raise UserError(f"{run.path} has no language_model checkpoint: train it, or leave run_dir empty")
+        return run, []
+    notes: list[str] = []
+    for path in list_runs():
+        if (path / "checkpoints" / "language_model" / LAST).is_file():
+            try:
+                return load_run(path), notes
+            except UserError as error:
+                notes.append(f"passed over {path.name}: {error}")
+    return None, notes
+
+
+def _eval_texts(run: Run, tokenizer: Tokenizer, length: int) -> dict[str, Tensor]:
+    tokens = read_stream(run.data / "eval.bin", run.settings.model.vocab_size)
+    last = max(0, len(tokens) - length)
+    texts = {}
+    for i, start in enumerate(sorted({last * n // N_TEXTS for n in range(N_TEXTS)})):
+        ids = torch.tensor(tokens[start : start + length].astype("int64"))
+        opening = " ".join(decode(tokenizer, ids[:24].tolist()).split())
+        texts[f"{i + 1}: {opening[:60]}"] = ids[None]
+    return texts
+
+
+def _synthetic_texts(vocab_size: int, length: int, seed: int) -> dict[str, Tensor]:
+    """Random ids that repeat with a period: the same token must find itself, even with untrained weights."""
+    ids = torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+    texts = {"random ids": ids}
+    for period in (length // 2, length // 4, length // 8):
+        if period > 1:
+            texts[f"random ids, repeated every {period}"] = ids[:, torch.arange(length) % period]
+    return texts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One application of a block's attention: what is hashed (`q` [H,T,D], `k` [K,T,D]: normalised, no positions) and
+    what is weighed (`weighed_q`, `weighed_k`: with rotary positions and the head's temperature)."""
+
+    attention: Attention
+    q: Tensor
+    k: Tensor
+    weighed_q: Tensor
+    weighed_k: Tensor
+
+    def mass(self, head: int) -> Tensor:
+        """Dense causal attention's softmax weights of one head: [T,T], rows sum to 1."""
+        config = self.attention.config
+        k = self.weighed_k[head * config.n_kv_heads // config.n_heads]
+        scores = self.weighed_q[head] @ k.T * config.head_dim**-0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, float("-inf")).softmax(-1)
+
+
+@torch.no_grad()
+def capture(model: LSHModel, ids: Tensor) -> list[Layer]:
+    """q and k of every layer that a forward of ids [1,T] applies; fewer than n_layers when all tokens halt early."""
+    layers: list[Layer] = []
+
+    def note(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, cos, sin = inputs
+        q, k, _ = attention.project(x)
+        sharp = rotate(q, cos, sin) * attention.log_temperature.exp()[:, None, None]
+        layers.append(Layer(attention, q[0], k[0], sharp[0], rotate(k, cos, sin)[0]))
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, Attention)]
+    try:
+        model(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return layers
