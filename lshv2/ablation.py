@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "model.n_heads": 4, "model.n_kv_heads": 4, "model.d_ff": 1024, "model.use_ponder": False,
     "model.max_seq_len": 2048, "model.window": 256,
     "model.bucket_size": 64, "model.n_buckets": 32, "data.max_bytes": None, "train.seq_length": 2048,
-    "train.batch_size": 16, "train.num_epochs": 1, "train.num_eval_sequences": 128, "train.learning_rate": 1e-3,
+    "train.batch_size": 16, "train.num_epochs": 1, "train.num_eval_sequences": 128, "train.learning_rate": 3e-3,
     "train.eval_every": 400, "train.checkpoint_every": 600, "train.keep_checkpoints": 1, "train.log_every": 50,
     "train.profile_components": False, "train.num_workers": 2,
 }

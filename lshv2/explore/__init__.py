@@ -21,7 +21,7 @@ from lshv2.attention import visible_set
 from lshv2.config import ModelConfig
 from lshv2.data.tokenizer import encode
 from lshv2.errors import UserError
-from lshv2.explore.figures import bucket_map, caught_figure, mass_figure
+from lshv2.explore.figures import LINES, bucket_map, caught_figure, mass_figure
 from lshv2.explore.pattern import MAX_ROUNDS, Pattern, hash_tables
 from lshv2.explore.subject import MAX_LENGTH, Subject, capture, open_subject
 from lshv2.hashing import bucket_ids
@@ -72,11 +72,12 @@ class Explorer:
         kv = head * self.config.n_kv_heads // self.config.n_heads
         one = [table[kv : kv + 1] for table in tables]
         q_ids, k_ids = (bucket_ids(x[None, None], one) for x in (chosen.q[head], chosen.k[kv]))
-        limits = dict(bucket_size=bucket_size, window=window)
+        limits: dict[str, Any] = dict(bucket_size=bucket_size, window=window)
         none = q_ids[:, :, :0]
         seen = [visible_set(none, none, n_global=self.config.n_global, **limits)[0, 0]]
         for r in range(MAX_ROUNDS):
-            seen.append(seen[-1] | visible_set(q_ids[:, :, r : r + 1], k_ids[:, :, r : r + 1], n_global=0, **limits)[0, 0])
+            q_round, k_round = q_ids[:, :, r : r + 1], k_ids[:, :, r : r + 1]
+            seen.append(seen[-1] | visible_set(q_round, k_round, n_global=0, **limits)[0, 0])
         local = visible_set(none, none, n_global=0, **limits)[0, 0]
         return Pattern(chosen.mass(head), local, torch.stack(seen), q_ids[0, 0], k_ids[0, 0], n_rounds, own, n_buckets)
 
@@ -88,20 +89,20 @@ class Explorer:
         """
         config, most = self.config, max(1, self.subject.length // 4)
         return dict(
-            text=next(iter(self.subject.texts)), own_text="", layer=0, head=0, n_rounds=min(config.n_rounds, MAX_ROUNDS),
-            n_buckets=config.resolved_n_buckets, bucket_size=min(config.bucket_size, most),
-            window=min(config.window, most), hashing=config.hashing,
+            text=next(iter(self.subject.texts)), own_text="", layer=0, head=0, hashing=config.hashing,
+            n_rounds=min(config.n_rounds, MAX_ROUNDS), n_buckets=config.resolved_n_buckets,
+            bucket_size=min(config.bucket_size, most), window=min(config.window, most),
         )
 
     def draw(self, **choice: Any) -> None:
-        """Display caption, table and the three figures of a choice (as `pattern` takes it), or the line that is wrong."""
+        """Display caption, numbers and figures of a choice (as `pattern` takes it), or the line that is wrong."""
         try:
             pattern = self.pattern(**choice)
         except UserError as error:
             print(error)
             return
         display(HTML(f"<p>{pattern.caption()}</p>"))
-        table = pd.DataFrame(pattern.records()).set_index("share")
-        display(table.style.format("{:.1%}"))
+        table = pd.DataFrame(pattern.records()).set_index("share").map("{:.1%}".format)
+        display(table.rename(columns={key: name for key, (name, _, _) in LINES.items()}).rename_axis(None))
         for figure in (mass_figure(pattern), caught_figure(pattern), bucket_map(pattern)):
             display(figure)

@@ -84,8 +84,9 @@ def caught_figure(pattern: Pattern) -> go.Figure:
                            name=name, showlegend=False, row=1, col=2)
     figure.add_vline(x=pattern.n_rounds, line=dict(color="#333333", width=1, dash="dot"), row=1, col=2)
     if 0 < pattern.own_rounds < MAX_ROUNDS:
-        figure.add_vrect(x0=pattern.own_rounds + 0.5, x1=MAX_ROUNDS + 0.2, fillcolor="#888888", opacity=0.12, line_width=0,
-                         annotation_text="untrained tables", annotation_position="bottom right", row=1, col=2)
+        figure.add_vrect(x0=pattern.own_rounds + 0.5, x1=MAX_ROUNDS + 0.2, fillcolor="#888888", opacity=0.12,
+                         line_width=0, annotation_text="untrained tables", annotation_position="bottom right",
+                         row=1, col=2)
     figure.update_layout(**LAYOUT, height=360, width=1060, legend=dict(orientation="h", y=-0.2))
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_xaxes(title="query position", row=1, col=1)
@@ -98,10 +99,9 @@ def bucket_map(pattern: Pattern) -> go.Figure:
     rounds = max(1, pattern.n_rounds)
     columns = min(4, rounds)
     rows = -(-rounds // columns)
-    figure = make_subplots(
-        rows, columns, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.02, vertical_spacing=0.09,
-        subplot_titles=[f"round {r + 1}{'' if r < pattern.own_rounds else ' (untrained table)'}" for r in range(rounds)],
-    )
+    titles = [f"round {r + 1}{'' if r < pattern.own_rounds else ' (untrained table)'}" for r in range(rounds)]
+    figure = make_subplots(rows, columns, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.02,
+                           vertical_spacing=0.09, subplot_titles=titles)
     position = np.arange(len(pattern.mass), dtype=np.int16)
     for r in range(rounds):
         for name, ids, colour, symbol in (("keys", pattern.k_ids, "#E69F00", "square"),

@@ -91,7 +91,7 @@ class Pattern:
     @functools.cached_property
     def top(self) -> Tensor:
         """1/k at each query's k = min(TOP_K, keys so far) heaviest keys: shares of it are recall."""
-        place = self.mass.argsort(-1, descending=True, stable=True).argsort(-1)
+        place = self.mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         k = torch.arange(1, len(self.mass) + 1).clamp_max(TOP_K)[:, None]
         return (place < k) / k
 
