@@ -63,7 +63,7 @@ test: ## lint, the test suite and every notebook at its smallest size
 	@$(call find_python,test); $(lint); \
 	runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; export LSHV2_RUNS="$$runs"; \
 	"$$py" -m pytest -n 2 tests; \
-	"$$py" -m pytest -n 2 --nbmake notebooks
+	OMP_NUM_THREADS=1 "$$py" -m pytest -n 2 --nbmake notebooks
 
 lint: ## style, types, and notebooks without outputs
 	@$(call find_python,test); $(lint)

@@ -30,8 +30,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "data": dict(max_bytes=16_000_000, synthetic_seq_length=512, num_synthetic_train=200, num_synthetic_eval=20),
         "train": dict(
-            model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=800,
-            num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=50, checkpoint_every=100,
+            model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=640,
+            num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=40, checkpoint_every=80,
         ),
         "recall": dict(
             seq_length=128, n_pairs=8, vocab_size=256, d_model=64, batch_size=32, num_train_sequences=10_240,
