@@ -192,9 +192,9 @@ def _listed(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """A flag's value: numbers to four digits, yes or no, '' for not measured."""
+    """A flag's value: numbers to four digits, large ones whole, yes or no, '' for not measured."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:,.4g}" if math.isfinite(value) else ""
+        return (f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}") if math.isfinite(value) else ""
     return f"{value:,}" if isinstance(value, int) else text(value, 120)

@@ -17,6 +17,7 @@ import pytest
 from example_runs import done_run, example_runs
 from streamlit.testing.v1 import AppTest
 
+from lshv2.presets import make_settings
 from lshv2.readers import read_benchmark
 from lshv2.runs import append_jsonl, repo_root
 from lshv2.scaling import fit_power
@@ -186,7 +187,11 @@ def test_settings_can_show_only_what_differs(root: Path) -> None:
     app = page("settings", "quick", "quick-small-buckets")
     app.toggle(key="only_differences").set_value(True).run()
     found = {row["setting"]: (row["quick"], row["quick-small-buckets"]) for row in table(app, "setting")}
-    assert found == {"seed": ("0", "3"), "model.bucket_size": ("64", "32"), "train.learning_rate": ("0.003", "0.001")}
+    quick = make_settings("quick")
+    assert found == {
+        "seed": ("0", "3"), "model.bucket_size": (str(quick.model.bucket_size), "32"),
+        "train.learning_rate": (str(quick.train.learning_rate), "0.001"),
+    }
 
 
 def test_every_choice_redraws(root: Path) -> None:
