@@ -62,7 +62,7 @@ class LSHModel(nn.Module):
         self.config = config
         self.gradient_checkpoint = False  # the trainer's choice, not a property of the weights
         table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
-        self.embedding = nn.Embedding(*table.shape, _weight=table)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
         self.blocks = nn.ModuleList(Block(config, generator) for _ in range(config.weight_tied_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.head = skip_init(nn.Linear, config.d_model, config.vocab_size, bias=False)
