@@ -30,12 +30,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "data": dict(max_bytes=16_000_000, synthetic_seq_length=512, num_synthetic_train=200, num_synthetic_eval=20),
         "train": dict(
-            model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=640,
-            num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=40, checkpoint_every=80,
+            model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=520,
+            num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=65, checkpoint_every=65,
         ),
         "recall": dict(
-            seq_length=128, n_pairs=8, vocab_size=256, d_model=64, batch_size=32, num_train_sequences=10_240,
-            num_eval_sequences=128, n_buckets=8, learning_rate=3e-3, eval_every=100,
+            seq_length=128, n_pairs=8, vocab_size=256, d_model=64, batch_size=32, num_train_sequences=5_760,
+            num_eval_sequences=128, n_buckets=8, learning_rate=1e-2, eval_every=60,
         ),
         "benchmark": dict(sequence_lengths=(1_024, 2_048, 4_096, 8_192, 16_384), num_samples_per_length=3,
                           max_memory_gb=4.0, timeout_seconds=90.0),

@@ -222,7 +222,8 @@ def test_capacity_grows_to_the_longest_length_and_the_hash_tables_stay(tmp_path:
 
 def test_the_operator_benchmark_measures_both_and_writes_its_rows(tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
-    command = [sys.executable, "-m", "lshv2.benchmark.attention", "--lengths", "300", "--samples", "2", "--out", str(out)]
+    options = ["--lengths", "300", "--samples", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "lshv2.benchmark.attention", *options]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     row = json.loads(out.read_text())["rows"][0]
     assert row["seq_len"] == 300 and row["backend"] == "torch" and len(row["lsh_samples_ms"]) == 2

@@ -74,20 +74,22 @@ def test_loss_is_shifted_cross_entropy_of_the_logits() -> None:
     assert abs(out.cross_entropy.sum() / (labels[:, 1:] != -100).sum() - expected) < 1e-5
 
 
-def test_chunked_cross_entropy_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1024, 3])
+def test_chunked_cross_entropy_equals_torch_s(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, under a weighted sum and with ignored labels, in one chunk and in many."""
+    monkeypatch.setattr("lshv2.losses.MIN_ROWS", rows)
+    monkeypatch.setattr("lshv2.losses.CHUNK_ELEMENTS", 20)
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(50, 8, generator=g), torch.randn(20, 8, generator=g)
+    hidden, weight, scale = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((50, 8), (20, 8), (50,)))
     labels = torch.randint(0, 20, (50,), generator=g)
     labels[::7] = -100
     results = []
-    for rows in (1024, 3):
-        monkeypatch.setattr("lshv2.losses.MIN_ROWS", rows)
-        monkeypatch.setattr("lshv2.losses.CHUNK_ELEMENTS", 20)
+    for function in (token_cross_entropy, lambda h, w, y: cross_entropy((h @ w.T), y, reduction="none")):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = token_cross_entropy(h, w, labels)
-        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), (h, w))])
-    for whole, pieces in zip(*results, strict=True):
-        assert (whole - pieces).abs().max() < 1e-5
+        loss = function(h, w, labels)
+        results.append([loss.detach(), *torch.autograd.grad((loss * scale).sum(), (h, w))])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("attention", ["lsh", "dense", "window"])

@@ -1,0 +1,122 @@
+"""The results in README.md, drawn from the committed reference runs, so that no figure there is typed by hand.
+
+    python -m lshv2.readme        # rewrites what stands between the two marks in README.md; a test holds it up to date
+
+A reference run is a folder of measured JSON files at `runs/reference-<machine>/<run>/` (or one level up): a run's
+`benchmark_summary.json`, or the `ablation.json` of `lshv2.ablation`. Nothing is computed here: a cell is what a file
+says, or why it says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lshv2.errors import UserError
+from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
+from lshv2.run_state import Entry, find_runs
+from lshv2.runs import atomic_path, repo_root
+from lshv2.tolerant import mapping, number, read_object, text
+
+BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
+NONE_YET = "No reference run committed yet."
+COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
+
+
+def results(runs: Path) -> str:
+    """Markdown for every reference run below `runs` that has a benchmark, then every ablation; else `NONE_YET`."""
+    entries = sorted((entry for entry in find_runs(runs)[0] if entry.reference), key=lambda entry: entry.key)
+    ablations = sorted(path.parent for path in runs.glob("reference-*/*/ablation.json"))
+    parts = [part for entry in entries if (part := _part(entry))]
+    parts += [_ablation(folder, folder.relative_to(runs).as_posix()) for folder in ablations]
+    return "\n\n".join(parts) or NONE_YET
+
+
+def with_results(page: str, block: str) -> str:
+    """`page` with `block` between its marks; `UserError` when the marks are not there once each."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise UserError(f"README.md needs the lines {BEGIN} and {END}, once each and in this order")
+    head, rest = page.split(BEGIN)
+    return f"{head}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def _part(entry: Entry) -> str | None:
+    benchmark, _ = read_benchmark(entry.path)
+    if benchmark is None or not benchmark.rows:
+        return None
+    manifest, _ = read_manifest(entry.path)
+    made_by = _made_by(manifest.environment if manifest else {})
+    unfinished = "" if benchmark.state == "done" else "; the benchmark was not finished"
+    head = f"**[{entry.key}](runs/{entry.key})**: {benchmark.device}, {benchmark.dtype}, {made_by}{unfinished}"
+    return "\n\n".join([head, _table(benchmark), _exponents(benchmark), *([manifest.verdict] if manifest else [])])
+
+
+def _made_by(environment: dict[str, Any]) -> str:
+    torch, commit = (text(environment.get(key)) for key in ("torch", "commit"))
+    return f"torch {torch or 'not recorded'}, commit {commit[:7] or 'not recorded'}"
+
+
+def _ablation(folder: Path, key: str) -> str:
+    """A line a variant: mean and range over the seeds."""
+    content, _ = read_object(folder, "ablation.json")
+    environment = mapping(content, "environment")
+    gpus = environment.get("gpus")
+    device = text(gpus[0] if isinstance(gpus, list) and gpus else environment.get("cpu"))
+    head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {_made_by(environment)}"
+    lines = [["variant", "seeds", "all positions", "late positions"], ["---", "---:", "---", "---"]]
+    summary = mapping(content, "summary")
+    for name in sorted(summary, key=lambda name: number(mapping(summary, name).get("bits_per_byte"))):
+        row = mapping(summary, name)
+        spreads = []
+        for column in ("bits_per_byte", "late_bits_per_byte"):
+            mean, low, high = (number(row.get(key)) for key in (column, f"{column}_low", f"{column}_high"))
+            spreads.append(f"{mean:.3f} ({low:.3f} to {high:.3f})" if math.isfinite(mean) else "not measured")
+        lines.append([f"`{name}`", f"{number(row.get('seeds')):.0f}", *spreads])
+    meaning = "Eval bits per byte, mean (best to worst seed); overlapping ranges are no ranking."
+    return f"{head}. {meaning}\n\n{_markdown(lines)}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _table(benchmark: Benchmark) -> str:
+    """A line a length, a column an attention and measure."""
+    attentions = [name for name in ATTENTIONS if any(row.attention == name for row in benchmark.rows)]
+    rows = {(row.seq_len, row.attention): row for row in benchmark.rows}
+    names = [f"{attention} {label}, {unit}" for label, _, unit in COLUMNS for attention in attentions]
+    lines = [["tokens", *names], ["---:"] * (len(names) + 1)]
+    for length in sorted({row.seq_len for row in benchmark.rows}):
+        cells = [_cell(rows.get((length, attention)), key) for _, key, _ in COLUMNS for attention in attentions]
+        lines.append([f"{length:,}", *cells])
+    return _markdown(lines)
+
+
+def _cell(row: Row | None, key: str) -> str:
+    if row is None:
+        return "not measured"
+    value = row.get(key)
+    if not math.isfinite(value):
+        return row.status if row.status != "ok" else "not measured"
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _exponents(benchmark: Benchmark) -> str:
+    alpha, beta = (benchmark.fits.get(("lsh", measure)) for measure in ("train_latency", "memory"))
+    return f"{_exponent('α', 'forward + backward', alpha)}; {_exponent('β', 'memory above the fixed part', beta)}."
+
+
+def _exponent(name: str, of: str, fit: Fit | None) -> str:
+    if fit is None:
+        return f"{name} ({of}) not measured"
+    interval = f"95 % interval {fit.low:.2f} to {fit.high:.2f}" if math.isfinite(fit.low + fit.high) else "no interval"
+    lengths = f"{fit.n:.0f} lengths, {fit.min_seq_len:,.0f} to {fit.max_seq_len:,.0f} tokens"
+    return f"{name} ({of}) = {fit.exponent:.2f}, {interval}, {lengths}"
+
+
+if __name__ == "__main__":
+    path = repo_root() / "README.md"
+    content = with_results(path.read_text(encoding="utf-8"), results(repo_root() / "runs"))
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")

@@ -1,0 +1,59 @@
+"""The README's results are those of the reference runs, whole, partial or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from project_files import ROOT, page
+
+from lshv2 import readme
+from lshv2.errors import UserError
+from lshv2.runs import write_json
+
+
+def test_the_results_in_the_readme_are_up_to_date() -> None:
+    want = readme.with_results(page("README.md"), readme.results(ROOT / "runs"))
+    assert page("README.md") == want, "run: python -m lshv2.readme"
+
+
+def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
+    row = {"attention": "lsh", "seq_len": 1024, "status": "ok", "latency_ms": 12.34, "train_latency_ms": 1234.5,
+           "rss_mb": 400.2}
+    dead = {"attention": "dense", "seq_len": 2048, "status": "out of memory", "latency_ms": 7.0}
+    fit = {"exponent": 1.014, "low": 0.9, "high": 1.131, "n": 5, "r2": 1.0, "min_seq_len": 1024, "max_seq_len": 16384}
+    content = {"device": "cpu (tested)", "dtype": "float32", "state": "done", "rows": [row, dead],
+               "fits": {"lsh": {"train_latency": fit, "memory": None}}}
+    assert readme.results(tmp_path) == readme.NONE_YET
+    write_json(tmp_path / "mine" / "benchmark_summary.json", content)
+    assert readme.results(tmp_path) == readme.NONE_YET, "a run that is no reference"
+    write_json(tmp_path / "reference-x" / "full" / "benchmark_summary.json", content)
+    write_json(tmp_path / "reference-x" / "full" / "pipeline_results.json",
+               {"verdict": "All is well.", "environment": {"commit": "0123456789", "torch": "2.13.0"}})
+    said = readme.results(tmp_path)
+    assert "**[reference-x/full](runs/reference-x/full)**: cpu (tested), float32, torch 2.13.0, commit 0123456" in said
+    assert "| 1,024 | 12.3 | not measured | 1,234 | not measured | 400 | not measured |" in said
+    assert "| 2,048 | not measured | 7.0 | not measured | out of memory | not measured | out of memory |" in said
+    assert "α (forward + backward) = 1.01, 95 % interval 0.90 to 1.13, 5 lengths, 1,024 to 16,384 tokens; β" in said
+    assert "β (memory above the fixed part) not measured." in said and said.endswith("All is well.")
+    write_json(tmp_path / "reference-x" / "full" / "benchmark_summary.json", {**content, "state": "running"})
+    assert "commit 0123456; the benchmark was not finished\n" in readme.results(tmp_path)
+    with pytest.raises(UserError, match="once each"):
+        readme.with_results("no marks", said)
+
+
+def test_ablations_are_shown_with_their_spread(tmp_path: Path) -> None:
+    def twin(low: float) -> dict[str, float]:
+        values = {"": low + 0.1, "_low": low, "_high": low + 0.3}
+        columns = ("bits_per_byte", "late_bits_per_byte")
+        return {"seeds": 3, **{column + end: value for column in columns for end, value in values.items()}}
+
+    content = {"environment": {"commit": "0123456789", "torch": "2.13.0", "gpus": [], "cpu": "a CPU"},
+               "summary": {"worse": twin(2.0), "better": twin(1.5)}}
+    write_json(tmp_path / "reference-x" / "quality" / "ablation.json", content)
+    said = readme.results(tmp_path)
+    assert "(runs/reference-x/quality)**" in said and "a CPU, torch 2.13.0, commit 0123456." in said
+    assert said.splitlines()[-2:] == [
+        "| `better` | 3 | 1.600 (1.500 to 1.800) | 1.600 (1.500 to 1.800) |",
+        "| `worse` | 3 | 2.100 (2.000 to 2.300) | 2.100 (2.000 to 2.300) |",
+    ]
