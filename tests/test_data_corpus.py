@@ -3,6 +3,7 @@
 import json
 import random
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -182,3 +183,14 @@ def test_the_corpus_is_never_held_in_memory(tmp_path):
     assert peak < size / 3, f"{peak / 1e6:.1f} MB of Python memory for a corpus of {size / 1e6:.1f} MB"
 
 
+
+
+def test_what_a_person_can_mend_is_a_user_error_by_name(tmp_path: Path) -> None:
+    """The runner knows a kernel's exceptions by name alone: a subclass would be shown as a defect, with exit code 1."""
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"fine\n\xff\n")
+    with pytest.raises(UserError) as caught:
+        scan(find_files(str(bad)))
+    assert type(caught.value) is UserError and "line 2" in str(caught.value)
+    package = Path(scan.__code__.co_filename).parents[1]
+    assert not [path for path in package.rglob("*.py") if "(UserError)" in path.read_text(encoding="utf-8")]

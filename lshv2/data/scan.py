@@ -36,9 +36,9 @@ def scan(sources: Sources, on_bytes: Callable[[int], None] = lambda n: None) -> 
                 found = _scan_lines(file, path, on_bytes) if is_lines else _scan_file(file, path, on_bytes)
         except OSError as error:
             raise UserError(f"data source {path} cannot be read: {error.strerror}") from None
-        except NotUtf8:
+        except _NotUtf8 as error:
             if sources.strict:
-                raise
+                raise UserError(str(error)) from None
             skipped["not UTF-8"] += 1
             continue
         if len(found):
@@ -52,7 +52,7 @@ def scan(sources: Sources, on_bytes: Callable[[int], None] = lambda n: None) -> 
     return Corpus(sources, file, line, start, size, np.zeros_like(file), length, digest, skipped)
 
 
-class NotUtf8(UserError):
+class _NotUtf8(ValueError):
     """A text file in another encoding."""
 
 
@@ -72,7 +72,7 @@ def _scan_file(file: BinaryIO, path: Path, on_bytes: Callable[[int], None]) -> n
             offset = size - held + error.start
             file.seek(0)
             line, wrong = file.read(offset).count(b"\n") + 1, file.read(1)[0]
-            raise NotUtf8(f"{path}: line {line}: byte {offset} ({wrong:#04x}) is not UTF-8: {ENCODING}") from None
+            raise _NotUtf8(f"{path}: line {line}: byte {offset} ({wrong:#04x}) is not UTF-8: {ENCODING}") from None
         if not block:
             break
         digest.update(block)
