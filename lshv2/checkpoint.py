@@ -40,16 +40,23 @@ def save_checkpoint(
     older = [e for e in (listed or {}).get("history", []) if e["step"] < step and (folder / e["file"]).exists()]
     history = [*older, {"file": path.name, "sha256": sha256(path), "step": step}][-keep:]
     write_json(folder / LAST, {**history[-1], "history": history})
+    for torn in folder.glob(".step_*.tmp"):  # a kill while writing leaves one, as large as a checkpoint
+        torn.unlink()
     for stale in set(folder.glob("step_*.safetensors")) - {folder / e["file"] for e in history}:
         stale.unlink()
     return path
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose sha256 holds, and a line for each newer one that was passed over."""
+    """The newest checkpoint whose sha256 holds, and a line for each newer one that was passed over.
+
+    None where none was ever written. Raises `UserError` when some were and none is sound: nothing is thrown away.
+    """
+    if not (folder / LAST).exists():
+        return None, []
     listed, problem = read_json(folder / LAST)
-    if listed is None:
-        return None, [] if problem and "missing" in problem else [str(problem)]
+    if not isinstance(listed, dict) or "history" not in listed:
+        raise UserError(f"{folder / LAST} is damaged ({problem or 'no history'}): mend it, or start again with FORCE=1")
     notes: list[str] = []
     for entry in reversed(listed["history"]):
         path = folder / entry["file"]
@@ -57,7 +64,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return path, notes
         state = "damaged" if path.exists() else "missing"
         notes.append(f"checkpoint {path} is {state}: falling back to the one before")
-    return None, notes
+    raise UserError(f"no sound checkpoint is left in {folder} ({'; '.join(notes)}): start again with FORCE=1")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -210,3 +210,15 @@ class Settings(Section):
     train: TrainingConfig = TrainingConfig()
     recall: RecallConfig = RecallConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+
+    @property
+    def recall_model(self) -> ModelConfig:
+        """The recall probe's model: the same attention and hashing as the run's, at its own size, at full depth."""
+        recall = self.recall
+        own = dict(
+            vocab_size=recall.vocab_size, d_model=recall.d_model, n_layers=recall.n_layers, n_heads=recall.n_heads,
+            n_kv_heads=recall.n_kv_heads, max_seq_len=recall.seq_length, bucket_size=recall.bucket_size,
+            n_buckets=recall.n_buckets, window=recall.window, d_ff=2 * recall.d_model, use_ponder=False,
+            weight_tied_layers=recall.n_layers,
+        )
+        return ModelConfig(**{**self.model.model_dump(), **own})  # validated again: model_copy would not

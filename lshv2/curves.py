@@ -106,13 +106,13 @@ def _from_lines(path: Path) -> tuple[tuple[Curves, Curves], Problems]:
     }
     for record in records:
         task, event, step = record.get("task"), record.get("event"), number(record.get("step"))
-        if task not in TASKS or event not in ("train", "eval", "resume") or step != step:
+        if task not in TASKS or event not in ("train", "eval", "resume", "restart") or step != step:
             continue
-        if event != "resume":
+        if event in ("train", "eval"):
             kept[task, event][step] = record  # the same step again: the later line counts
             continue
         for old in ("train", "eval"):  # what a killed run logged beyond its checkpoint is done again
-            kept[task, old] = {s: r for s, r in kept[task, old].items() if s <= step}
+            kept[task, old] = {s: r for s, r in kept[task, old].items() if event == "resume" and s <= step}
     found = []
     for task in TASKS:
         train, evals = ([r for _, r in sorted(kept[task, event].items())] for event in ("train", "eval"))

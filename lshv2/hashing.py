@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
 MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
 
 
@@ -65,8 +66,10 @@ def part_ids(x: Tensor, table: Tensor) -> Tensor:
     batch, n_heads, length, dim = x.shape
     n_kv, rounds, size, _ = table.shape
     grouped = x.reshape(batch, n_kv, -1, dim)  # [B,K,G*T,Dp]: the heads of a group share their table
-    scores = grouped @ table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype)  # [B,K,G*T,R*C]
-    ids = scores.view(batch, n_kv, n_heads // n_kv, length, rounds, size).argmax(-1)  # [B,K,G,T,R]
+    directions = table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype)
+    rows = max(1, SCORES // (batch * n_kv * rounds * size))
+    pieces = [(part @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)]
+    ids = torch.cat(pieces, dim=2).view(batch, n_kv, n_heads // n_kv, length, rounds)
     return ids.permute(0, 1, 2, 4, 3).reshape(batch, n_heads, rounds, length)
 
 

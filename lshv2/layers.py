@@ -78,7 +78,8 @@ class Attention(nn.Module):
         with region("hashing"):
             q_ids, k_ids = bucket_ids(q, self.tables), bucket_ids(k, self.tables)
             if self.training and self.config.hashing == "codebooks":
-                stride = max(1, q.shape[0] * q.shape[2] // CODEBOOK_TOKENS)
+                # odd, so that it cannot fall in step with text laid out in pairs and miss every second position
+                stride = q.shape[0] * q.shape[2] // CODEBOOK_TOKENS | 1
                 for x, ids in ((q, q_ids), (k, k_ids)):
                     caught = codebook_sums(x.detach()[:, :, ::stride], ids[..., ::stride], self.tables)
                     for total, more in zip(self.sums, caught, strict=True):

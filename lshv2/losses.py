@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 IGNORE = -100  # a label that is not scored
@@ -30,6 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
         head = weight.to(ctx.dtype)

@@ -1,6 +1,7 @@
 """From the append-only `metrics.jsonl` to the columns of `training_metrics.json`.
 
-A `resume` line supersedes earlier lines of its task past the step it resumed from: they were computed twice.
+A `resume` line supersedes earlier lines of its task past the step it resumed from, a `restart` line all of them: they
+were computed twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def standing(records: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     for record in records:
         if record.get("task") != task:
             continue
-        if record["event"] == "resume":
+        if record["event"] == "restart":
+            kept = []
+        elif record["event"] == "resume":
             kept = [r for r in kept if r["step"] <= record["step"]]
         else:
             kept.append(record)

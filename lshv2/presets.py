@@ -122,6 +122,10 @@ def validate(values: dict[str, Any]) -> Settings:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
+    try:
+        _ = settings.recall_model
+    except ValidationError as error:
+        raise UserError(f"recall.{_one_line(error)}") from None
     if settings.train.seq_length > settings.model.max_seq_len:
         raise UserError(
             f"train.seq_length={settings.train.seq_length} is above model.max_seq_len={settings.model.max_seq_len}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lshv2.config import ModelConfig, Settings
 from lshv2.data import chance, ensure, language_dataset, load_token_bytes, synthetic_dataset
 from lshv2.metrics import write_training_metrics
 from lshv2.model import LSHModel
@@ -39,19 +38,6 @@ def recall_task(run: Run) -> Task:
     )
 
 
-def recall_model_config(settings: Settings) -> ModelConfig:
-    """The probe's model: the same attention and hashing as the run's, at the probe's size, at full depth."""
-    recall = settings.recall
-    return settings.model.model_copy(
-        update=dict(
-            vocab_size=recall.vocab_size, d_model=recall.d_model, n_layers=recall.n_layers, n_heads=recall.n_heads,
-            n_kv_heads=recall.n_kv_heads, max_seq_len=recall.seq_length, bucket_size=recall.bucket_size,
-            n_buckets=recall.n_buckets, window=recall.window, d_ff=2 * recall.d_model, use_ponder=False,
-            weight_tied_layers=recall.n_layers,
-        )
-    )
-
-
 def train_run(run: Run) -> dict[str, Any]:
     """Train both tasks from where they stand; returns the content of `training_metrics.json`."""
     settings = run.settings
@@ -67,7 +53,7 @@ def train_run(run: Run) -> dict[str, Any]:
     if settings.train.profile_components:
         write_profile(run, language)
     write_training_metrics(run, "running", scalars, {})
-    probe = Trainer(run, recall_task(run), LSHModel(recall_model_config(settings), settings.seed))
+    probe = Trainer(run, recall_task(run), LSHModel(settings.recall_model, settings.seed))
     probe.fit()
     recall = {
         "parameters": probe.model.count_parameters(), "seconds": probe.seconds,

@@ -29,7 +29,7 @@ from lshv2.evaluation import Batch, Evaluation, evaluate
 from lshv2.model import LSHModel
 from lshv2.profiling import Profiler, region
 from lshv2.progress import Progress
-from lshv2.runs import Run, append_jsonl
+from lshv2.runs import Run, append_jsonl, read_jsonl
 
 PROFILED_STEPS = 10  # ordinary training steps whose parts are timed, spread over the first half of a run
 WARM_STEPS = 3  # not profiled: allocators and caches fill
@@ -84,6 +84,7 @@ class Trainer:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.profiles: list[dict[str, float]] = []
+        self.window = _Window()
         self.folder = run.checkpoints / task.name
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -119,7 +120,7 @@ class Trainer:
         last = None if resumed else self._evaluate()
         label = self.task.name.replace("_", " ")
         with Progress(self.run, "03_train", label, self.total_steps, "step", start=self.step) as bar:
-            window = _Window()
+            window = self.window
             self.model.train()
             for input_ids, labels in self._batches():
                 loss, ponder, norm = self._train_step(input_ids, labels)
@@ -129,12 +130,12 @@ class Trainer:
                 if self.step % self.settings.log_every == 0 or done:
                     window = self._log(window, norm, bar)
                 bar.update(1)
+                paused = time.perf_counter()
                 if self.step % self.task.eval_every == 0 or done:
                     last = self._evaluate()
-                    window.began = time.perf_counter()
                 if self.step % self.settings.checkpoint_every == 0 or done:
-                    self._save()
-                    window.began = time.perf_counter()
+                    self._save(window, paused, norm)
+                window.began += time.perf_counter() - paused  # neither is training time
         return last or self._evaluate(write=False)
 
     def _batches(self) -> Iterator[Batch]:
@@ -184,11 +185,7 @@ class Trainer:
 
     def _log(self, window: _Window, norm: Tensor, bar: Progress) -> _Window:
         loss, ponder = float(window.loss) / window.steps, float(window.ponder) / window.steps  # synchronises
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.task.name}: the loss became {loss} at step {self.step}: lower the learning rate "
-                f"({self.task.learning_rate}); the newest checkpoint is kept"
-            )
+        self._check_finite(loss, float(norm))
         elapsed = time.perf_counter() - window.began
         self.seconds += elapsed
         rate = window.tokens / elapsed
@@ -199,6 +196,13 @@ class Trainer:
         bar.update(0, loss=round(loss, 4), tokens_per_sec=round(rate))
         return _Window()
 
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"{self.task.name}: the loss became {loss} (gradient norm {norm:.3g}) at step {self.step}: lower the "
+                f"learning rate ({self.task.learning_rate}); the newest checkpoint is from before"
+            )
+
     def _evaluate(self, write: bool = True) -> Evaluation:
         data, size = self.task.evaluation, self.task.batch_size
         count = len(data)  # type: ignore[arg-type]
@@ -206,6 +210,7 @@ class Trainer:
         stacked = ((torch.stack([b[0] for b in rows]), torch.stack([b[1] for b in rows])) for rows in batches)
         result = evaluate(self.model, stacked, self.autocast, self.task.token_bytes)
         if write:
+            self._check_finite(result.loss, 0.0)
             figures = {"loss_eval": result.loss, "accuracy": result.accuracy, "ponder_steps": result.ponder_steps}
             if result.bits_per_byte is not None:
                 figures["bits_per_byte"] = result.bits_per_byte
@@ -216,8 +221,12 @@ class Trainer:
         record = {"task": self.task.name, "event": event, "step": self.step, "time": time.time(), **figures}
         append_jsonl(self.run.metrics, record)
 
-    def _save(self) -> None:
-        state = {"task": self.task.name, "tokens": self.tokens, "seconds": self.seconds, "profiles": self.profiles}
+    def _save(self, window: _Window, now: float, norm: Tensor) -> None:
+        self._check_finite(float(window.loss), float(norm))
+        state = {
+            "task": self.task.name, "tokens": self.tokens, "seconds": self.seconds, "profiles": self.profiles,
+            "window": [float(window.loss), float(window.ponder), window.steps, window.tokens, now - window.began],
+        }
         keep = self.settings.keep_checkpoints
         save_checkpoint(self.folder, self.step, self.model, self.optimizer, state, keep)
 
@@ -226,12 +235,16 @@ class Trainer:
         for note in notes:
             print(note)
         if path is None:
+            if any(record.get("task") == self.task.name for record in read_jsonl(self.run.metrics)[0]):
+                self._write("restart")  # stopped before its first checkpoint: those lines are computed again
             return False
         tensors, state = read_checkpoint(path)
         load_model(self.model, tensors, path)
         load_optimizer(self.optimizer, tensors)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.profiles = state["profiles"]
+        loss, ponder, steps, tokens, elapsed = state["window"]
+        self.window = _Window(loss, ponder, steps, tokens, time.perf_counter() - elapsed)
         print(f"{self.task.name}: resuming from {path.name}, step {self.step} of {self.total_steps}")
         if self.step < self.total_steps:
             self._write("resume")

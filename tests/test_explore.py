@@ -50,6 +50,11 @@ def trained(name: str, age: int, step: int = 7, **overrides: Any) -> Run:
     return run
 
 
+def damage(run: Run) -> None:
+    folder = run.checkpoints / "language_model"
+    (folder / json.loads((folder / "last.json").read_text())["file"]).write_bytes(b"torn")
+
+
 def test_shares_equal_a_count_by_hand(explorer: Explorer) -> None:
     """Every share by loops over queries and keys, from the definition of S(t) and of the baselines."""
     p = pattern(explorer, head=1, layer=1, n_rounds=3)
@@ -145,8 +150,11 @@ def test_the_newest_run_with_a_checkpoint_is_chosen(runs: Path) -> None:
     open_run("newest-but-untrained", preset="test")
     broken = trained("broken", age=10)
     broken.config.write_text("{}")
+    damage(trained("damaged", age=5))
     subject = open_subject(length=32)
-    assert subject.about.startswith("run newer, checkpoint of step 9, on synthetic ids; passed over broken: ")
+    about = subject.about
+    assert about.startswith("run newer, checkpoint of step 9, on synthetic ids; passed over "), about
+    assert "passed over broken: " in about and "passed over damaged: no sound checkpoint" in about, about
     assert torch.equal(subject.model.head.weight, LSHModel(newest.settings.model, seed=11).head.weight)
     assert open_subject("older", length=32).about.startswith("run older, checkpoint of step 5")
 
@@ -161,15 +169,14 @@ def test_without_a_trained_run_the_weights_are_untrained(runs: Path) -> None:
     ("run_dir", "length", "said"),
     [
         ("nosuch", 32, "is not a run folder"), ("bare", 32, "has no language_model checkpoint: train it"),
-        ("damaged", 32, "no undamaged language_model checkpoint"), ("", 1, "length=1 is not between 2 and 512"),
+        ("damaged", 32, "no sound checkpoint is left"), ("", 1, "length=1 is not between 2 and 512"),
         ("short", 400, "length=400 is above this model's max_seq_len=300"),
     ],
 )
 def test_a_bad_subject_is_one_clear_line(runs: Path, run_dir: str, length: int, said: str) -> None:
     open_run("bare", preset="test")
     trained("short", age=5, **{"model.max_seq_len": 300})
-    folder = trained("damaged", age=10).checkpoints / "language_model"
-    (folder / json.loads((folder / "last.json").read_text())["file"]).write_bytes(b"torn")
+    damage(trained("damaged", age=10))
     with pytest.raises(UserError, match=said) as caught:
         open_subject(run_dir, length=length)
     assert "\n" not in str(caught.value)

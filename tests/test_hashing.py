@@ -104,3 +104,11 @@ def test_centroids_that_caught_nothing_stay() -> None:
 def test_a_bucket_count_that_is_no_power_of_two_is_refused() -> None:
     with pytest.raises(ValueError, match="power of two"):
         parts_for(48)
+
+
+def test_hashing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = codebook_tables(2, 3, 256, 16, generator())
+    x = torch.randn(2, 4, 301, 16, generator=generator(1))
+    whole = bucket_ids(x, tables)
+    monkeypatch.setattr("lshv2.hashing.SCORES", 1000)
+    assert torch.equal(whole, bucket_ids(x, tables))

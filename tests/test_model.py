@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lshv2.attention import MASKED_UP_TO
 from lshv2.config import ModelConfig, parse_size
 from lshv2.errors import UserError
 from lshv2.losses import token_cross_entropy
@@ -18,6 +19,13 @@ SMALL: dict[str, Any] = dict(
     vocab_size=61, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=256, bucket_size=8,
     weight_tied_layers=2, d_ff=48, n_rounds=2, window=8, n_global=2, n_buckets=8,
 )
+
+
+@pytest.fixture(params=["masked", "torch"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here twice: these short inputs would else never meet the backend that long ones get."""
+    monkeypatch.setitem(MASKED_UP_TO, False, {"masked": 10**9, "torch": 0}[request.param])
+    return request.param
 
 
 def ids(batch: int = 2, length: int = 100, seed: int = 0) -> torch.Tensor:

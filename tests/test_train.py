@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from lshv2.checkpoint import find_checkpoint, read_checkpoint
+from lshv2.data import ensure
 from lshv2.errors import UserError
 from lshv2.metrics import TRAIN_COLUMNS, columns, standing
-from lshv2.runs import Run, open_run, read_jsonl
-from lshv2.train import train_run
+from lshv2.model import LSHModel
+from lshv2.runs import Run, append_jsonl, open_run, read_jsonl
+from lshv2.train import language_task, train_run
+from lshv2.trainer import Trainer
 
 SCRIPT = """
 import sys
@@ -26,7 +29,7 @@ from lshv2.train import train_run
 train_run(load_run(sys.argv[1]))
 """
 # 288 tokens: long enough for the tiled backend
-MORE = {"train.num_train_sequences": 120, "train.num_epochs": 2, "train.batch_size": 2, "train.checkpoint_every": 20,
+MORE = {"train.num_train_sequences": 120, "train.num_epochs": 2, "train.batch_size": 2, "train.checkpoint_every": 21,
         "train.eval_every": 40, "train.seq_length": 288, "train.num_eval_sequences": 2}
 
 
@@ -66,7 +69,7 @@ def test_a_killed_run_continues_to_the_same_weights(finished: Run, tmp_path: Pat
     command = [sys.executable, "-c", SCRIPT, str(run.path)]
     process = subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL)
     folder, deadline = run.checkpoints / "language_model", time.monotonic() + 120
-    while not (folder / "step_00000040.safetensors").exists():
+    while not (folder / "step_00000042.safetensors").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -81,7 +84,8 @@ def test_a_killed_run_continues_to_the_same_weights(finished: Run, tmp_path: Pat
     records, problem = read_jsonl(run.metrics)
     assert problem is None and any(r["event"] == "resume" for r in records)
     kept = columns(standing(records, "language_model"))
-    assert kept["step"] == json.loads(finished.file("training_metrics.json").read_text())["step"]
+    whole = json.loads(finished.file("training_metrics.json").read_text())
+    assert all(kept[c] == whole[c] for c in ("step", "loss_train", "eval_step", "loss_eval"))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(finished: Run, tmp_path: Path) -> None:
@@ -103,3 +107,41 @@ def test_another_shape_is_one_line(finished: Run) -> None:
     other = Run(finished.path, wider.settings)
     with pytest.raises(UserError, match="another model shape"):
         train_run(other)
+
+
+def test_a_stop_before_the_first_checkpoint_starts_again_without_doubled_rows(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "early", preset="test")
+    for step in (0, 2, 4):
+        line = {"task": "language_model", "event": "eval", "step": step, "time": 0.0, "loss_eval": 9.0}
+        append_jsonl(run.metrics, line)
+    metrics = train_run(run)
+    assert metrics["eval_step"] == [0, 4, 8] and metrics["step"] == [2, 4, 6, 8]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    """The checkpoint before the poison stays the newest, and the line names the loss."""
+    run = open_run(tmp_path / "nan", preset="test", overrides={"train.checkpoint_every": 3, "train.log_every": 8})
+    ensure(run)
+    trainer = Trainer(run, language_task(run), LSHModel(run.settings.model))
+    step = trainer._train_step
+
+    def poisoned(*batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        result = step(*batch)
+        if trainer.step == 4:
+            with torch.no_grad():
+                trainer.model.head.weight.fill_(float("nan"))
+        return result
+
+    trainer._train_step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="loss became nan"):
+        trainer.fit()
+    path, _ = find_checkpoint(run.checkpoints / "language_model")
+    assert path is not None and path.name == "step_00000003.safetensors"
+
+
+def test_a_damaged_list_of_checkpoints_throws_nothing_away(finished: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.json").write_text("{")
+    with pytest.raises(UserError, match="last.json is damaged"):
+        find_checkpoint(folder)

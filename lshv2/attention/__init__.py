@@ -27,6 +27,7 @@ __all__ = ["BACKENDS", "lsh_attention", "visible_set"]
 BACKENDS = {"reference": lsh_attention_reference, "torch": lsh_attention_tiled, "masked": lsh_attention_masked}
 
 MASKED_UP_TO = {False: 256, True: 2048}  # tokens, on a CPU and on a GPU
+MASK_ELEMENTS = 1 << 28  # and no mask above 256 MB
 
 
 def lsh_attention(
@@ -40,8 +41,10 @@ def lsh_attention(
     Returns [B,H,T,D] in q's dtype. Raises ValueError on shapes that do not fit or an unknown backend.
     """
     _check(q, k, v, q_buckets, k_buckets, n_buckets, bucket_size, window, n_global)
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2):
-        raise ValueError(f"cu_seqlens must be a vector of at least two bounds, got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if cu_seqlens.ndim != 1 or bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] != q.shape[2]:
+            raise ValueError(f"cu_seqlens {str(bounds)[:100]} does not ascend from 0 to T = {q.shape[2]}")
     name = backend or choose_backend(q)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; allowed: {', '.join(BACKENDS)}")
@@ -52,7 +55,9 @@ def lsh_attention(
 
 def choose_backend(q: Tensor) -> str:
     """The fastest backend measured for this device and length: below a few hundred tokens a mask beats sorting."""
-    return "masked" if q.shape[2] <= MASKED_UP_TO[q.device.type == "cuda"] else "torch"
+    batch, n_heads, length, _ = q.shape
+    short = length <= MASKED_UP_TO[q.device.type == "cuda"] and batch * n_heads * length**2 <= MASK_ELEMENTS
+    return "masked" if short else "torch"
 
 
 def _check(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lshv2.attention.intervals import build_intervals
-from lshv2.attention.reference import document_starts
+from lshv2.attention.reference import document_starts, full_precision
 from lshv2.profiling import region
 
 
@@ -45,8 +45,7 @@ def lsh_attention_masked(
         mask = interval_mask(
             q_buckets, k_buckets, bucket_size=bucket_size, window=window, n_global=n_global, cu_seqlens=cu_seqlens
         )
-    with region("bucket_attn"):
+    with region("bucket_attn"), full_precision(q):
         groups = q.shape[1] // k.shape[1]
-        return scaled_dot_product_attention(
-            q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), attn_mask=mask
-        )
+        k, v = (x.to(q.dtype).repeat_interleave(groups, 1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)

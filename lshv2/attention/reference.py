@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: around us it would turn the products, and only them, to half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def document_starts(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """First position of each token's document: [T]."""
     if cu_seqlens is None:
@@ -52,6 +57,7 @@ def lsh_attention_reference(
     )
     work = torch.promote_types(q.dtype, torch.float32)
     keys, values = (x.to(work).repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q.to(work) @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return (weights @ values).to(q.dtype)
+    with full_precision(q):
+        scores = (q.to(work) @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        return (weights @ values).to(q.dtype)

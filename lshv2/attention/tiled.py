@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lshv2.attention.far import FarTiles, far_backward, far_forward
 from lshv2.attention.intervals import Intervals, build_intervals
 from lshv2.attention.local import local_backward, local_forward
+from lshv2.attention.reference import full_precision
 from lshv2.profiling import region
 
 
@@ -23,20 +25,15 @@ def _flat_queries(x: Tensor) -> Tensor:
     return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: around us it would turn the products, and only them, to half precision."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Intervals, window: int, n_global: int) -> Tensor:
         """q [N,G,T,D], k, v [N,T,D] -> out [N,G,T,D]."""
         work = torch.promote_types(q.dtype, torch.float32)
         q_w, k_w, v_w = (x.to(work) for x in (q, k, v))
-        with region("global"), _full_precision(q):
+        with region("global"), full_precision(q):
             out, lse = local_forward(q_w, k_w, v_w, window, n_global)
-        with region("bucket_attn"), _full_precision(q):
+        with region("bucket_attn"), full_precision(q):
             flat_out, flat_lse = _flat_queries(out), _flat_queries(lse)
             far_forward(_flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(tables), flat_out, flat_lse)
             out, lse = flat_out[:-1].view_as(out), flat_lse[:-1].view_as(lse)
@@ -45,14 +42,15 @@ class _TiledAttention(torch.autograd.Function):
         return out.to(q.dtype)
 
     @staticmethod
+    @once_differentiable  # out and lse are constants to it: a second derivative would be silently wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         work = out.dtype
         q_w, k_w, v_w, grad = (x.to(work) for x in (q, k, v, grads[0]))
-        with region("global"), _full_precision(q):
+        with region("global"), full_precision(q):
             delta = (grad * out).sum(-1)
             dq, dk, dv = local_backward(q_w, k_w, v_w, ctx.window, ctx.n_global, grad, lse, delta)
-        with region("bucket_attn"), _full_precision(q):
+        with region("bucket_attn"), full_precision(q):
             flat_dq = _flat_queries(dq)
             far_backward(
                 _flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(ctx.tables), _flat_queries(grad),

@@ -18,10 +18,10 @@ PARTS = {
     "missed": ("#FFFFFF", "#000000"),
     "local window": ("#D9F0E8", "#006B4E"),
     "sinks": ("#F8E3EF", "#A0396F"),
-    "found by hash": ("#C9E2F5", "#003F66"),
+    "found by hash": ("#56B4E9", "#0033A0"),
 }
 LEVELS = 32  # shades of a part: the picture is one byte a cell, where masses would be four in each of four layers
-FLOOR = 1e-4  # the mass that is drawn like none
+FLOOR = 1e-3  # the mass that is drawn like none
 LINES = {
     "visible": ("visible set", "#0072B2", "solid"),
     "random": ("same number, rest at random", "#D55E00", "dash"),
@@ -85,10 +85,11 @@ def caught_figure(pattern: Pattern) -> go.Figure:
     figure.add_vline(x=pattern.n_rounds, line=dict(color="#333333", width=1, dash="dot"), row=1, col=2)
     if 0 < pattern.own_rounds < MAX_ROUNDS:
         figure.add_vrect(x0=pattern.own_rounds + 0.5, x1=MAX_ROUNDS + 0.2, fillcolor="#888888", opacity=0.12,
-                         line_width=0, annotation_text="untrained tables", annotation_position="bottom right",
+                         line_width=0, annotation_text="untrained tables", annotation_position="top left",
                          row=1, col=2)
     figure.update_layout(**LAYOUT, height=360, width=1060, legend=dict(orientation="h", y=-0.2))
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    figure.update_yaxes(tickformat=".0%")
+    figure.update_yaxes(range=[0, 1.02], row=1, col=1)
     figure.update_xaxes(title="query position", row=1, col=1)
     figure.update_xaxes(title="rounds", dtick=1, row=1, col=2)
     return figure
@@ -111,7 +112,8 @@ def bucket_map(pattern: Pattern) -> go.Figure:
                 marker=dict(size=4, color=colour, symbol=symbol), row=r // columns + 1, col=r % columns + 1,
                 hovertemplate=f"{name[:-1] if name == 'keys' else 'query'} %{{x}}, bucket %{{y}}<extra></extra>",
             )
-    figure.update_layout(**LAYOUT, height=110 + 230 * rows, width=1060, legend=dict(orientation="h", y=-0.14),
+    figure.update_layout(**LAYOUT, height=110 + 230 * rows, width=1060)
+    figure.update_layout(legend=dict(orientation="h", x=0.3, y=1, yref="container", yanchor="top"), margin_t=75,
                          title="Buckets by position")
     figure.update_yaxes(range=[-0.03 * pattern.n_buckets - 0.5, 1.03 * pattern.n_buckets - 0.5])
     figure.update_yaxes(title="bucket", col=1)

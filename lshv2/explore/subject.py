@@ -6,12 +6,13 @@ Legend: H query heads, K key/value heads, T tokens, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lshv2.checkpoint import LAST, find_checkpoint, load_model, read_checkpoint
+from lshv2.checkpoint import find_checkpoint, load_model, read_checkpoint
 from lshv2.data.packing import read_stream
 from lshv2.data.tokenizer import decode, read_tokenizer
 from lshv2.errors import UserError
@@ -44,20 +45,18 @@ def open_subject(run_dir: str = "", *, length: int = 256, seed: int = 0) -> Subj
     """
     if not 2 <= length <= MAX_LENGTH:
         raise UserError(f"length={length} is not between 2 and {MAX_LENGTH}")
-    run, notes = _chosen_run(run_dir)
-    config = run.settings.model if run else make_settings("quick").model
+    chosen, notes = _chosen(run_dir)
+    config = chosen[0].settings.model if chosen else make_settings("quick").model
     if length > config.max_seq_len:
         raise UserError(f"length={length} is above this model's max_seq_len={config.max_seq_len}: choose a smaller one")
     model = LSHModel(config, seed).eval()
-    about = "untrained weights of the quick preset: no run here has a language_model checkpoint yet"
-    if run:
-        path, passed_over = find_checkpoint(run.checkpoints / "language_model")
-        if path is None:
-            raise UserError(f"{run.path} has no undamaged language_model checkpoint: {'; '.join(passed_over)}")
-        tensors, state = read_checkpoint(path)
+    about = "untrained weights of the quick preset: no run here has a sound language_model checkpoint"
+    if chosen:
+        run, path = chosen
+            raise UserError(f"{run.path} has no language_model checkpoint: make no-benchmark RUN={run.name} trains one")
         load_model(model, tensors, path)
-        about, notes = f"run {run.name}, checkpoint of step {state['step']}", [*notes, *passed_over]
-    if run and (run.data / "tokenizer.json").is_file() and (run.data / "eval.bin").is_file():
+        about = f"run {run.name}, checkpoint of step {state['step']}"
+    if chosen and (run.data / "tokenizer.json").is_file() and (run.data / "eval.bin").is_file():
         tokenizer = read_tokenizer(run.data / "tokenizer.json")
         texts = _eval_texts(run, tokenizer, length)
         about += ", on held-out text"
@@ -67,20 +66,22 @@ def open_subject(run_dir: str = "", *, length: int = 256, seed: int = 0) -> Subj
     return Subject(model, "; ".join([about, *notes]), texts, tokenizer, length, seed)
 
 
-def _chosen_run(run_dir: str) -> tuple[Run | None, list[str]]:
-    """The run to look at (None: there is no trained one), and a line for each trained one that could not be read."""
+def _chosen(run_dir: str) -> tuple[tuple[Run, Path] | None, list[str]]:
+    """The run to look at and its checkpoint (None: none is trained), and a line for each that was passed over."""
     if run_dir:
         run = load_run(runs_root() / run_dir)
-        if not (run.checkpoints / "language_model" / LAST).is_file():
+        path, notes = find_checkpoint(run.checkpoints / "language_model")
+        if path is None:
             raise UserError(f"{run.path} has no language_model checkpoint: train it, or leave run_dir empty")
-        return run, []
-    notes: list[str] = []
-    for path in list_runs():
-        if (path / "checkpoints" / "language_model" / LAST).is_file():
-            try:
-                return load_run(path), notes
-            except UserError as error:
-                notes.append(f"passed over {path.name}: {error}")
+        return (run, path), notes
+    notes = []
+    for folder in list_runs():
+        try:
+            path, damaged = find_checkpoint(folder / "checkpoints" / "language_model")
+            if path:
+                return (load_run(folder), path), [*notes, *damaged]
+        except UserError as error:
+            notes.append(f"passed over {folder.name}: {error}")
     return None, notes
 
 

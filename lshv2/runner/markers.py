@@ -63,13 +63,14 @@ def reason_to_run(phase: Phase, run: Run, inputs: Inputs) -> str | None:
 
 def begin(phase: Phase, run: Run, inputs: Inputs) -> None:
     """Withdraw the old markers, and the old half-done work unless it was for the same results."""
+    completed = run.marker(phase.name).exists()
     for state in ("OK", "FAILED"):
         (run.path / f"{phase.name}.{state}").unlink(missing_ok=True)
     started = run.path / f"{phase.name}.STARTED"
     before = read_json(started)[0]
     if isinstance(before, dict):  # else nothing is known of what lies there: it stays
         same = all(before.get("inputs", {}).get(group) == inputs[group] for group in DECIDING)
-        if before.get("finished") or not same:
+        if completed or before.get("finished") or not same:
             for name in phase.resumable:
                 _remove(run.path / name)
     write_json(started, {"phase": phase.name, "started": now(), "finished": None, "inputs": inputs})
@@ -86,8 +87,8 @@ def complete(phase: Phase, run: Run, inputs: Inputs, seconds: float) -> str | No
         return "; ".join(problems)
     content: dict[str, Any] = {"phase": phase.name, "state": "ok", "seconds": round(seconds, 1), "finished": now()}
     outputs = hash_outputs(phase, run)
-    write_json(run.path / f"{phase.name}.STARTED", {**content, "inputs": inputs})
     write_json(run.marker(phase.name), {**content, "inputs": inputs, "outputs": outputs})
+    write_json(run.path / f"{phase.name}.STARTED", {**content, "inputs": inputs})
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lshv2.runs import Run, read_json, read_jsonl, sha256
@@ -77,6 +77,9 @@ PHASE_TABLE = (
             Artifact("metrics.jsonl"),
             Artifact("checkpoints/language_model/last.json"),
             Artifact("checkpoints/recall/last.json"),
+            # hundreds of megabytes in full: that they are there is asked at each rerun, their sha256 when they are read
+            Artifact("checkpoints/language_model/step_*.safetensors", hashed=False),
+            Artifact("checkpoints/recall/step_*.safetensors", hashed=False),
         ),
         resumable=("checkpoints", "metrics.jsonl", "training_metrics.json"),
     ),
@@ -116,9 +119,8 @@ def find_artifacts(phase: Phase, run: Run) -> tuple[list[Path], list[str]]:
 
 def hash_outputs(phase: Phase, run: Run) -> dict[str, str]:
     """Path below the run folder -> sha256, for every artifact whose content is the phase's own."""
-    changing = {artifact.path for artifact in phase.artifacts if not artifact.hashed}
-    paths = {str(path.relative_to(run.path)): path for path in find_artifacts(phase, run)[0]}
-    return {name: sha256(path) for name, path in paths.items() if name not in changing}
+    own = replace(phase, artifacts=tuple(artifact for artifact in phase.artifacts if artifact.hashed))
+    return {str(path.relative_to(run.path)): sha256(path) for path in find_artifacts(own, run)[0]}
 
 
 def check_artifact(path: Path) -> str | None:
