@@ -53,7 +53,7 @@ def open_subject(run_dir: str = "", *, length: int = 256, seed: int = 0) -> Subj
     about = "untrained weights of the quick preset: no run here has a sound language_model checkpoint"
     if chosen:
         run, path = chosen
-            raise UserError(f"{run.path} has no language_model checkpoint: make no-benchmark RUN={run.name} trains one")
+        tensors, state = read_checkpoint(path)
         load_model(model, tensors, path)
         about = f"run {run.name}, checkpoint of step {state['step']}"
     if chosen and (run.data / "tokenizer.json").is_file() and (run.data / "eval.bin").is_file():
