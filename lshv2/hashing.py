@@ -17,8 +17,17 @@ Legend: B batch, H query heads, K key/value heads, T tokens, D head dim, R round
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed: torch brings it along on Linux with CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
 
 SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
 MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
@@ -65,17 +74,26 @@ def part_ids(x: Tensor, table: Tensor) -> Tensor:
     """Nearest direction of one part: x [B,H,T,Dp], table [K,R,C,Dp] -> int64 [B,H,R,T]."""
     batch, n_heads, length, dim = x.shape
     n_kv, rounds, size, _ = table.shape
+    work = torch.promote_types(x.dtype, torch.float32)  # scores rounded to 16 bits would tie
     grouped = x.reshape(batch, n_kv, -1, dim)  # [B,K,G*T,Dp]: the heads of a group share their table
-    directions = table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype)
+    directions = table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype).to(work)
     rows = max(1, SCORES // (batch * n_kv * rounds * size))
-    pieces = [(part @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)]
+    pieces = [(part.to(work) @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)]
     ids = torch.cat(pieces, dim=2).view(batch, n_kv, n_heads // n_kv, length, rounds)
     return ids.permute(0, 1, 2, 4, 3).reshape(batch, n_heads, rounds, length)
 
 
 @torch.no_grad()
 def bucket_ids(x: Tensor, tables: list[Tensor]) -> Tensor:
-    """Buckets of x [B,H,T,D] by tables (one [K,R,C,Dp] a part) -> int32 [B,H,R,T] in [0, Π C)."""
+    """Buckets of x [B,H,T,D] by tables (one [K,R,C,Dp] a part) -> int32 [B,H,R,T] in [0, Π C).
+
+    Directions are rounded to x's dtype, products summed in float32 (float64 stays float64); on a GPU in one kernel.
+    """
+    if x.is_cuda and has_triton():
+        from lshv2.hashing_kernel import bucket_ids_triton, supported
+
+        if supported(x, tables):
+            return bucket_ids_triton(x, tables)
     result: Tensor | None = None
     for piece, table in zip(_slices(x, tables), tables, strict=True):
         ids = part_ids(piece, table)

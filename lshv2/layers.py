@@ -12,6 +12,7 @@ from torch.nn.utils import skip_init
 
 from lshv2.attention import lsh_attention
 from lshv2.config import ModelConfig
+from lshv2.decoding import LayerCache
 from lshv2.hashing import bucket_ids, codebook_sums, codebook_tables, cross_polytope_tables, update_codebooks
 from lshv2.profiling import region
 
@@ -63,10 +64,14 @@ class Attention(nn.Module):
     def sums(self) -> list[Tensor]:
         return [self.get_buffer(f"sum{i}") for i in range(self.n_tables)]
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,d] -> unrotated, normalised q [B,H,T,D], k [B,K,T,D], and v [B,K,T,D]."""
+    def project(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,T,d] -> unrotated, normalised q [B,H,T,D], k [B,K,T,D], and v [B,K,T,D].
+
+        before [B,T,d]: the token before each; None: x are the first T tokens.
+        """
         dim = self.config.head_dim
-        shifted = x + self.shift.to(x.dtype) * pad(x, (0, 0, 1, 0))[:, :-1]  # x_t + μ x_{t−1}: strictly causal
+        before = pad(x, (0, 0, 1, 0))[:, :-1] if before is None else before
+        shifted = x + self.shift.to(x.dtype) * before  # x_t + μ x_{t−1}: strictly causal
         q, k, v = (
             layer(source).unflatten(-1, (-1, dim)).transpose(1, 2)
             for layer, source in ((self.query, x), (self.key, shifted), (self.value, x))
@@ -94,25 +99,43 @@ class Attention(nn.Module):
             for total in self.sums:
                 total.zero_()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B,T,d] -> [B,T,d]."""
+    def prepare(
+        self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What attention weighs and finds: q [B,H,T,D] and k with positions, v [B,K,T,D], and both bucket ids."""
         config = self.config
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, before)
         if config.attention == "lsh":
             q_ids, k_ids = self.hash(q, k)
         else:
             q_ids = torch.zeros(q.shape[0], config.n_heads, 0, x.shape[1], dtype=torch.int32, device=x.device)
             k_ids = q_ids[:, : config.n_kv_heads]
         q = rotate(q, cos, sin) * self.log_temperature.exp().to(q.dtype)[:, None, None]
-        k = rotate(k, cos, sin)
+        return q, rotate(k, cos, sin), v, q_ids, k_ids
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
+        """All tokens of a sequence at once: what `prepare` gives -> [B,H,T,D]."""
+        config = self.config
         if config.attention == "dense":
             with region("dense_attn"):
-                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return lsh_attention(
+            q, k, v, q_ids, k_ids, n_buckets=config.resolved_n_buckets, bucket_size=config.bucket_size,
+            window=config.window, n_global=config.n_global,
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B,T,d] -> [B,T,d]."""
+        return self.out(self.attend(*self.prepare(x, cos, sin)).transpose(1, 2).flatten(2))
+
+    def cached(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache) -> Tensor:
+        """`forward` for decoding: x [B,T,d] is the prompt that an empty cache takes over, then one token a call."""
+        q, k, v, q_ids, k_ids = self.prepare(x, cos, sin, cache.previous)
+        if cache.previous is None:
+            cache.fill(x, k, v, k_ids)
+            out = self.attend(q, k, v, q_ids, k_ids)
         else:
-            out = lsh_attention(
-                q, k, v, q_ids, k_ids, n_buckets=config.resolved_n_buckets, bucket_size=config.bucket_size,
-                window=config.window, n_global=config.n_global,
-            )
+            out = cache.attend(x, q, k, v, q_ids, k_ids)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -128,9 +151,10 @@ class Block(nn.Module):
         self.up = skip_init(nn.Linear, d, config.d_ff, bias=False)
         self.down = skip_init(nn.Linear, config.d_ff, d, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B,T,d] -> [B,T,d]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x [B,T,d] -> [B,T,d]; cache: see `Attention.cached`."""
+        h = self.attention_norm(x)
+        x = x + (self.attention(h, cos, sin) if cache is None else self.attention.cached(h, cos, sin, cache))
         h = self.ff_norm(x)
         with region("feed_forward"):
             return x + self.down(silu(self.gate(h)) * self.up(h))

@@ -3,19 +3,22 @@
     model = create_lsh_v2_model(vocab_size=32000, target_params="100M")
     out = model(input_ids)                    # out.logits [B,T,vocab], computed when read
     out = model(input_ids, labels=input_ids)  # out.loss, without storing all logits
+    new = model.eval().generate(prompt_ids, max_new_tokens=64)
 
 `n_layers` blocks are `weight_tied_layers` distinct ones applied `n_layers / weight_tied_layers` times; one pass over
 the distinct ones is a ponder step. While training every step answers and the losses are weighed by the halting
 distribution; in `eval()` a token halts at the first step whose cumulative halting probability reaches
 `ponder_threshold`, keeps its state from there on, and that state answers.
 
-Not here yet: decoding with a cache, compaction of halted tokens.
+Not here yet: compaction of halted tokens.
 Legend: B batch, T tokens, d model width, V vocabulary, N ponder steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +28,16 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from lshv2.config import ModelConfig, parse_size
+from lshv2.decoding import Cache
 from lshv2.errors import UserError
+from lshv2.generation import GraphedStep, Prompts, Step, as_batch, check_sampling, tokens
 from lshv2.layers import Block, rotary_angles
 from lshv2.losses import IGNORE, token_cross_entropy
 from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
 from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
 
+Angles = tuple[Tensor, Tensor]  # cos, sin
 
 @dataclass
 class LMOutput:
@@ -88,15 +94,15 @@ class LSHModel(nn.Module):
             prior = self.config.ponder_prior
             self.halt.bias.fill_(torch.tensor(prior / (1 - prior)).log())  # start at the prior
 
-    def _step(self, x: Tensor, n: int, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def _step(self, x: Tensor, n: int, angles: Angles, cache: Cache | None = None) -> Tensor:
         """Ponder step n: every distinct block once. x [B,T,d] -> [B,T,d]."""
         if self.config.use_ponder:
             x = x + self.step_embedding[n].to(x.dtype)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.gradient_checkpoint and self.training:
                 x = checkpoint(block, x, *angles, use_reentrant=False)
             else:
-                x = block(x, *angles)
+                x = block(x, *angles, cache.layers[n * len(self.blocks) + i] if cache else None)
         return x
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LMOutput:
@@ -112,7 +118,7 @@ class LSHModel(nn.Module):
         x = self.embedding(input_ids)
         if self.training and config.use_ponder:
             return self._train_ponder(x, angles, labels)
-        x, steps = self._halting(x, angles) if config.use_ponder else self._full_depth(x, angles)
+        x, steps = self._answer(x, angles)
         out = LMOutput(self.norm(x), self.head.weight, steps)
         if labels is not None:
             with region("head_loss"):
@@ -120,12 +126,15 @@ class LSHModel(nn.Module):
                 out.loss = out.cross_entropy.sum() / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
         return out
 
-    def _full_depth(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _answer(self, x: Tensor, angles: Angles, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """The states [B,T,d] that answer outside training, and the steps [B,T] they took."""
+        if self.config.use_ponder:
+            return self._halting(x, angles, cache)
         for n in range(self.config.n_ponder_steps):
-            x = self._step(x, n, angles)
+            x = self._step(x, n, angles, cache)
         return x, x.new_full(x.shape[:2], self.config.n_ponder_steps, dtype=torch.float32)
 
-    def _train_ponder(self, x: Tensor, angles: tuple[Tensor, Tensor], labels: Tensor | None) -> LMOutput:
+    def _train_ponder(self, x: Tensor, angles: Angles, labels: Tensor | None) -> LMOutput:
         states, halts, losses = [], [], []
         for n in range(self.config.n_ponder_steps):
             x = self._step(x, n, angles)
@@ -146,18 +155,19 @@ class LSHModel(nn.Module):
             )
         return out
 
-    def _halting(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _halting(self, x: Tensor, angles: Angles, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Deterministic halting: the state of each token at the step where it halts, and the steps it took."""
         go_on = x.new_ones(x.shape[:2], dtype=torch.float32)  # Π (1 − λ), so that 1 − go_on is the cumulative p
         active = torch.ones_like(go_on, dtype=torch.bool)
         steps = torch.zeros_like(go_on)
         for n in range(self.config.n_ponder_steps):
-            moved = self._step(x, n, angles)
+            moved = self._step(x, n, angles, cache)
             x = torch.where(active[..., None], moved, x)  # a halted token keeps its state for later ones to attend to
             steps += active
             go_on = go_on * (1 - self.halt(self.norm(moved)).squeeze(-1).float().sigmoid())
             active = active & (1 - go_on < self.config.ponder_threshold)
-            if n + 1 < self.config.n_ponder_steps and not active.any():
+            # with a cache all go on: a later token may think longer, and attends to these at its own step
+            if cache is None and n + 1 < self.config.n_ponder_steps and not active.any():
                 break
         return x, steps
 
@@ -165,6 +175,53 @@ class LSHModel(nn.Module):
         """[B,T,d], labels [B,T] -> nats [B,T]; position 0 is never predicted."""
         flat = token_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten())
         return torch.nn.functional.pad(flat.view(labels.shape[0], -1), (1, 0))
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor, lengths: Sequence[int], *, capacity: int) -> tuple[Tensor, Cache]:
+        """Prompts through the parallel forward: logits [B,V] of each row's next token, and the cache to go on with.
+
+        input_ids int64 [B,T]; lengths: tokens of each row, the rest being padding at its end; capacity: tokens that a
+        row can hold, the prompt included. Raises UserError when they do not fit, or in training mode.
+        """
+        if self.training:
+            raise UserError("the model is in training mode, where tokens do not halt: call model.eval() first")
+        if capacity > self.config.max_seq_len:
+            raise UserError(f"{capacity} tokens, prompt and new, are more than max_seq_len={self.config.max_seq_len}")
+        cos, sin = rotary_angles(capacity, self.config, input_ids.device)
+        cache, length = Cache(self.config, lengths, (cos, sin)), input_ids.shape[1]
+        x, _ = self._answer(self.embedding(input_ids), (cos[:length], sin[:length]), cache)
+        last = x[torch.arange(len(lengths), device=x.device), cache.cursor.length - 1]
+        return self.head(self.norm(last)), cache
+
+    @torch.no_grad()
+    def step(self, token: Tensor, cache: Cache) -> Tensor:
+        """One more token int64 [B] into the cache -> logits [B,V] as `forward` has them; UserError when it is full."""
+        cache.cursor.claim()  # on the host; on the device no shape below depends on data
+        x, _ = self._answer(self.embedding(token[:, None]), cache.cursor.begin(), cache)
+        cache.cursor.end()
+        return self.head(self.norm(x[:, 0]))
+
+    def stream(
+        self, prompt_ids: Prompts, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+        generator: torch.Generator | None = None, stop: Sequence[int] = (),
+    ) -> Iterator[Tensor]:
+        """New tokens int64 [B] as they come, at most `max_new_tokens` of them.
+
+        prompt_ids: [B,T], or lists of any lengths. temperature 0 takes the likeliest token; above, tokens are
+        drawn with `generator` from the smallest likeliest set of probability `top_p`. stop: ids that end a row, which
+        then repeats the one it met; the stream ends with its last row. Raises UserError at once.
+        """
+        check_sampling(max_new_tokens, temperature, top_p, generator)
+        ids, lengths = as_batch(prompt_ids, self.config.vocab_size, self.embedding.weight.device)
+        logits, cache = self.prefill(ids, lengths=lengths, capacity=max(lengths) + max_new_tokens - 1)
+        step: Step = partial(self.step, cache=cache)
+        if ids.is_cuda and self.config.attention != "dense" and not torch.is_autocast_enabled("cuda"):
+            step = GraphedStep(step)
+        return tokens(logits, step, max_new_tokens, stop, temperature, top_p, generator)
+
+    def generate(self, prompt_ids: Prompts, max_new_tokens: int, **how: Any) -> Tensor:
+        """The new tokens int64 [B,n], n <= max_new_tokens; prompt_ids and `how`: see `stream`."""
+        return torch.stack(list(self.stream(prompt_ids, max_new_tokens, **how)), dim=1)
 
     def update_hash(self) -> None:
         """Let the hash codebooks follow the last training step's queries and keys; after the optimizer step."""

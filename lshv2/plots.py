@@ -42,7 +42,8 @@ def plot_png(run: Path, name: str) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
+    """A figure with this many panels side by side."""
     figure = Figure(figsize=(4.9 * columns, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10, color="#333333")
@@ -58,18 +59,18 @@ def draw_training(training: Training) -> Figure:
     """Loss, bits per byte against the order-2 model, and recall against chance."""
     size = f"{training.parameters / 1e6:.2f} M parameters" if training.parameters > 0 else ""
     about = [size, training.device, training.state if training.state != "done" else ""]
-    figure, (loss, bits, recall) = _figure(3, "  ·  ".join(part for part in about if part))
+    figure, (loss, bits, recall) = new_figure(3, "  ·  ".join(part for part in about if part))
     language = training.language_model
     loss.plot(language.train["step"], language.train["loss_train"], color=TRAIN, linewidth=1.1, label="train")
     dots: dict[str, Any] = {"color": EVAL, "marker": "o", "markersize": 4}
     loss.plot(language.eval["eval_step"], language.eval["loss_eval"], **dots, label="eval")
-    _label(loss, "language model: loss", "step", "nats a token")
+    label(loss, "language model: loss", "step", "nats a token")
     bits.plot(language.eval["eval_step"], language.eval["bits_per_byte"], **dots,
               label=f"eval, now {language.last('bits_per_byte'):.3f}")
     order2 = training.order2_bits_per_byte
     if math.isfinite(order2):
         bits.axhline(order2, color=REFERENCE, linestyle="--", linewidth=1.2, label=f"order-2 byte model, {order2:.3f}")
-    _label(bits, "language model: bits per byte", "step", "bits a byte of held-out text")
+    label(bits, "language model: bits per byte", "step", "bits a byte of held-out text")
     _draw_recall(recall, training.recall, training.chance)
     return figure
 
@@ -81,12 +82,12 @@ def _draw_recall(axis: Axes, recall: Curves, chance: float) -> None:
     if math.isfinite(chance):
         axis.axhline(100 * chance, color=REFERENCE, linestyle=":", linewidth=1.2, label=f"chance, {100 * chance:.2g} %")
     axis.set_ylim(-3, 103)
-    _label(axis, "associative recall: accuracy", "step", "% of answers right")
+    label(axis, "associative recall: accuracy", "step", "% of answers right")
 
 
 def draw_profile(profile: Profile) -> Figure:
     """Milliseconds and share of the step of each part, the attention's three first, then by size."""
-    figure, (axis,) = _figure(1, "")
+    figure, (axis,) = new_figure(1, "")
     named = [part for part in ATTENTION_PARTS if part in profile.components_ms]
     rest = sorted(profile.components_ms.keys() - set(named), key=lambda part: -profile.components_ms[part])
     values = {part: profile.components_ms[part] for part in named + rest}
@@ -114,7 +115,7 @@ def draw_profile(profile: Profile) -> Figure:
 
 def draw_benchmark(benchmark: Benchmark) -> Figure:
     """Latency (forward, forward + backward) and activation memory against length, log-log, with the fits."""
-    figure, axes = _figure(3, f"{benchmark.device}, {benchmark.dtype}; bars: 20th to 80th percentile; "
+    figure, axes = new_figure(3, f"{benchmark.device}, {benchmark.dtype}; bars: 20th to 80th percentile; "
                               "band: 95 % interval of the exponent")
     panels = (
         ("latency", "latency_ms", "forward", "milliseconds"),
@@ -130,7 +131,7 @@ def draw_benchmark(benchmark: Benchmark) -> Figure:
                 _draw_scaling(axis, benchmark, rows, measure, column)
         lengths = sorted({row.seq_len for row in benchmark.rows})
         axis.set_xticks(lengths)
-        axis.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        axis.xaxis.set_major_formatter(FuncFormatter(tokens))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.tick_params(axis="x", labelrotation=45 if len(lengths) > 6 else 0)
         axis.margins(y=0.18)
@@ -138,7 +139,7 @@ def draw_benchmark(benchmark: Benchmark) -> Figure:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,), numticks=15))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
-        _label(axis, title, "tokens", unit)
+        label(axis, title, "tokens", unit)
     return figure
 
 
@@ -177,7 +178,8 @@ def _draw_fit(axis: Axes, exponent: float, low: float, high: float, x: np.ndarra
         axis.fill_between(np.exp(line), *edges, color=colour, alpha=0.12, linewidth=0)
 
 
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
+def label(axis: Axes, title: str, x: str, y: str) -> None:
+    """Title, axis titles, and a legend where there are labelled lines."""
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -186,7 +188,7 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
         axis.legend(fontsize=8, frameon=False, loc="best")
 
 
-def _tokens(length: float, _: object) -> str:
+def tokens(length: float, _: object) -> str:
     """1024 -> 1k, 131072 -> 128k, 64 -> 64."""
     return f"{length / 1024:g}k" if length >= 1024 else f"{length:g}"
 

@@ -13,7 +13,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lshv2.ablation.summary import ranking, table
 from lshv2.errors import UserError
+from lshv2.operator_results import NAMES, OperatorResult, find_operator_results, read_operator, verdict
 from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
@@ -28,7 +30,9 @@ def results(runs: Path) -> str:
     """Markdown for every reference run below `runs` that has a benchmark, then every ablation; else `NONE_YET`."""
     entries = sorted((entry for entry in find_runs(runs)[0] if entry.reference), key=lambda entry: entry.key)
     ablations = sorted(path.parent for path in runs.glob("reference-*/*/ablation.json"))
-    parts = [part for entry in entries if (part := _part(entry))]
+    operators = [folder for folder in find_operator_results(runs) if folder.parent.name.startswith("reference-")]
+    parts = [part for folder in operators if (part := _operator(folder, folder.relative_to(runs).as_posix()))]
+    parts += [part for entry in entries if (part := _part(entry))]
     parts += [_ablation(folder, folder.relative_to(runs).as_posix()) for folder in ablations]
     return "\n\n".join(parts) or NONE_YET
 
@@ -58,23 +62,57 @@ def _made_by(environment: dict[str, Any]) -> str:
 
 
 def _ablation(folder: Path, key: str) -> str:
-    """A line a variant: mean and range over the seeds."""
+    """A table a task, a line a variant: mean and range over the seeds."""
     content, _ = read_object(folder, "ablation.json")
     environment = mapping(content, "environment")
     gpus = environment.get("gpus")
     device = text(gpus[0] if isinstance(gpus, list) and gpus else environment.get("cpu"))
     head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {_made_by(environment)}"
-    lines = [["variant", "seeds", "all positions", "late positions"], ["---", "---:", "---", "---"]]
-    summary = mapping(content, "summary")
-    for name in sorted(summary, key=lambda name: number(mapping(summary, name).get("bits_per_byte"))):
-        row = mapping(summary, name)
-        spreads = []
-        for column in ("bits_per_byte", "late_bits_per_byte"):
-            mean, low, high = (number(row.get(key)) for key in (column, f"{column}_low", f"{column}_high"))
-            spreads.append(f"{mean:.3f} ({low:.3f} to {high:.3f})" if math.isfinite(mean) else "not measured")
-        lines.append([f"`{name}`", f"{number(row.get('seeds')):.0f}", *spreads])
-    meaning = "Eval bits per byte, mean (best to worst seed); overlapping ranges are no ranking."
-    return f"{head}. {meaning}\n\n{_markdown(lines)}"
+    # the first studies had one task, and no name for it
+    summaries = mapping(content, "summaries") or {"language": mapping(content, "summary")}
+    parts = [f"{head}. Mean (lowest to highest seed); overlapping ranges are no ranking."]
+    for task in summaries:
+        summary = mapping(summaries, task)
+        rows = {name: mapping(summary, name) for name in summary}
+        sign = -1 if task.startswith("recall") else 1
+        order = [name for _, name in sorted((sign * number(rows[name].get(ranking(task))), name) for name in rows)]
+        unit = "recall accuracy" if task.startswith("recall") else "eval bits per byte"
+        parts += [f"{task}, {unit}:", table({name: rows[name] for name in order}, task)]
+    return "\n\n".join(parts)
+
+
+def _operator(folder: Path, key: str) -> str | None:
+    """One attention layer at batch 1: a line a length, a column a contender, then the targets."""
+    result, _ = read_operator(folder)
+    rows = result.of("eager", batch_one=True) if result else []
+    if result is None or not rows:
+        return None
+    unfinished = "" if result.state == "done" else "; not finished"
+    head = (f"**[{key}](runs/{key})**, one attention layer, forward + backward at batch 1, milliseconds (medians): "
+            f"{result.device}, {result.dtype}, {_made_by(result.environment)}{unfinished}")
+    names = [name for name in NAMES if any(row.contenders[name].get("both_ms") > 0 for row in rows
+                                           if name in row.contenders)]
+    factors = {s.seq_len: s.factor for s in result.speedups if s.mode == "eager" and s.batch_size == 1}
+    lines = [["tokens", *(NAMES[name] for name in names), "fastest dense ÷ LSH"], ["---:"] * (len(names) + 2)]
+    for row in rows:
+        times = [row.contenders[name].get("both_ms") if name in row.contenders else math.nan for name in names]
+        shown = [f"{ms:,.4g}" if ms < 1000 else f"{ms:,.0f}" if math.isfinite(ms) else "not measured" for ms in times]
+        factor = factors.get(row.seq_len, math.nan)
+        lines.append([f"{row.seq_len:,}", *shown, f"{factor:.2f} ×" if math.isfinite(factor) else "not measured"])
+    return "\n\n".join([head, _markdown(lines), *_operator_targets(result), *_picture(folder, key)])
+
+
+def _operator_targets(result: OperatorResult) -> list[str]:
+    lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
+    for target in result.targets:
+        value = f"{target.value:,.4g} {target.unit}".rstrip() if math.isfinite(target.value) else target.detail
+        lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
+    return [_markdown(lines)] if result.targets else []
+
+
+def _picture(folder: Path, key: str) -> list[str]:
+    name = "attention.png"
+    return [f"![time, speed-up and parts by length](runs/{key}/{name})"] if (folder / name).is_file() else []
 
 
 def _markdown(lines: list[list[str]]) -> str:

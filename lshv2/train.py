@@ -1,6 +1,7 @@
 """Phase 3: train the language model on real text, then the recall probe on synthetic sequences.
 
     train_run(run)      # resumes by itself; writes metrics.jsonl, training_metrics.json, component_profiles.json
+    sample_text(run)    # what the trained model writes
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from typing import Any
 
 import torch
 
-from lshv2.data import chance, ensure, language_dataset, load_token_bytes, synthetic_dataset
+from lshv2.checkpoint import find_checkpoint, load_model, read_checkpoint
+from lshv2.data import chance, ensure, language_dataset, load_token_bytes, load_tokenizer, synthetic_dataset
+from lshv2.data.packing import read_stream
+from lshv2.data.tokenizer import decode
+from lshv2.errors import UserError
 from lshv2.metrics import write_training_metrics
 from lshv2.model import LSHModel
 from lshv2.runs import SCHEMA, Run, write_json
@@ -60,6 +65,23 @@ def train_run(run: Run) -> dict[str, Any]:
         "chance": chance("recall", settings.recall.vocab_size),
     }
     return write_training_metrics(run, "done", scalars, recall)
+
+
+def sample_text(run: Run, *, n_prompt: int = 48, n_new: int = 48) -> tuple[str, str]:
+    """The beginning of the held-out text, and how the trained language model goes on from there.
+
+    Drawn at temperature 0.8 from the nucleus of 0.9, seeded by the run. UserError without a checkpoint or data.
+    """
+    path, _ = find_checkpoint(run.checkpoints / LANGUAGE_MODEL)
+    if path is None:
+        raise UserError(f"{run.path} has no {LANGUAGE_MODEL} checkpoint: run phase 03_train first")
+    model = LSHModel(run.settings.model, run.settings.seed)
+    load_model(model, read_checkpoint(path)[0], path)
+    tokenizer = load_tokenizer(run)
+    prompt = read_stream(run.data / "eval.bin", run.settings.model.vocab_size)[:n_prompt].tolist()
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    new = model.to(pick_device()).eval().generate([prompt], n_new, temperature=0.8, top_p=0.9, generator=generator)
+    return decode(tokenizer, prompt), decode(tokenizer, new[0].tolist())
 
 
 def write_profile(run: Run, trainer: Trainer) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Run folders as the phases write them, at any size: what the reader and dashboard tests look at.
 
 Files follow `runs/README.md`; settings come from `open_run`, exponents from `fit_power`, every other figure from a
-small cost or learning model with seeded noise. Nothing here is a measurement.
+small cost or learning model with seeded noise. Nothing here is a measurement but the operator's benchmark, which really
+runs, at a size that says nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lshv2.benchmark.attention import main as operator_benchmark
 from lshv2.runs import PHASES, Run, open_run, write_json
 from lshv2.scaling import fit_power
 
@@ -208,4 +210,6 @@ def example_runs(root: Path) -> Path:
     done_run(root / "reference-h200" / "full", seed=1, device="cuda", gpu="NVIDIA H200", steps=2000,
              overrides={"benchmark.sequence_lengths": [2**n for n in range(10, 18)]})
     running_run(root / "quick-seed-1")
+    out = root / "reference-cpu" / "attention" / "attention.json"
+    operator_benchmark(["--quick", "--lengths", "160", "96", "--samples", "1", "--out", str(out)])
     return root

@@ -218,13 +218,3 @@ def test_capacity_grows_to_the_longest_length_and_the_hash_tables_stay(tmp_path:
     run = make_run(tmp_path / "r", sequence_lengths=[64, 4096])
     model = ModelConfig(**_job(run)["model"])
     assert model.max_seq_len == 4096 and model.resolved_n_buckets == run.settings.model.resolved_n_buckets
-
-
-def test_the_operator_benchmark_measures_both_and_writes_its_rows(tmp_path: Path) -> None:
-    out = tmp_path / "attention.json"
-    options = ["--lengths", "300", "--samples", "2", "--out", str(out)]
-    command = [sys.executable, "-m", "lshv2.benchmark.attention", *options]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    row = json.loads(out.read_text())["rows"][0]
-    assert row["seq_len"] == 300 and row["backend"] == "torch" and len(row["lsh_samples_ms"]) == 2
-    assert row["speedup"] == row["dense_ms"] / row["lsh_ms"] > 0

@@ -23,8 +23,8 @@ from lshv2.runs import append_jsonl, repo_root
 from lshv2.scaling import fit_power
 
 DASHBOARD = repo_root() / "dashboard"
-VIEWS = ("overview", "training", "components", "scaling", "settings", "logs")
-CHARTS = {"training": 8, "components": 1, "scaling": 2}
+VIEWS = ("overview", "training", "components", "scaling", "operator", "settings", "logs")
+CHARTS = {"training": 8, "components": 1, "scaling": 2, "operator": 3}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,42 @@ def test_every_page_draws_every_state(root: Path, view: str) -> None:
 @pytest.mark.parametrize("view", VIEWS)
 def test_no_runs_says_what_to_do(tmp_path: Path, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSHV2_RUNS", str(tmp_path / "empty"))
-    assert "make quick" in page(view).info[0].value
+    command = "python -m lshv2.benchmark.attention --out" if view == "operator" else "make quick"
+    assert command in page(view).info[0].value
+
+
+def test_the_operator_is_shown_with_its_targets_and_reasons(root: Path) -> None:
+    path = root / "reference-cpu" / "attention" / "attention.json"
+    content = json.loads(path.read_text())
+    lsh, dense = (content["rows"][0]["contenders"][name]["both_ms"] for name in ("lsh", "sdpa"))
+    content["targets"][1] |= {"value": 2.5, "met": True, "stretch_met": False}
+    content["targets"][2] |= {"value": 3.0, "met": False, "stretch_met": False}
+    path.write_text(json.dumps(content))
+    app = page("operator")
+    said = {row["target"]: (row["measured"], row["result"]) for row in table(app, "stretch")}
+    assert said == {"crossover, batch 1": ("—", "· not measured"), "speed-up at 16,384": ("2.5 ×", "✔ met"),
+                    "speed-up at 65,536": ("3 ×", "✖ missed")}
+    line = next(row for row in table(app, "batch") if row["tokens"] == "160")
+    assert line["LSH, ms"] == f"{lsh:.4g}" and line["dense, SDPA, ms"] == f"{dense:.4g}"
+    reasons = {(row["tokens"], row["attention"]): row["reason"] for row in table(app, "reason")}
+    assert reasons["160", "dense, cuDNN"] == "only timed on cuda"
+    assert len(table(app, "over uniform")) == 7 and table(app, "over uniform")[0]["over uniform"] == "1 ×"
+    drawn = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
+    assert {trace["name"] for trace in drawn[0]["data"]} == {"LSH", "LSH, clustered data", "dense, SDPA"}
+    parts = {trace["name"] for trace in drawn[2]["data"]}
+    assert {"forward: hashing", "forward: bucket_attn", "backward: other"} <= parts
+    app.segmented_control(key="layout").set_value("batch 1, CUDA graph").run()
+    assert not app.exception and len(app.get("plotly_chart")) == 2
+
+
+def test_the_first_operator_file_and_a_broken_one_still_draw(root: Path) -> None:
+    path = root / "reference-cpu" / "attention" / "attention.json"
+    path.write_text(json.dumps({"schema": 1, "environment": {"gpus": [], "cpu": "a CPU"}, "rows": [
+        {"seq_len": 4096, "dtype": "torch.float32", "lsh_ms": 4.0, "dense_ms": 6.0, "speedup": 1.5}]}))
+    app = page("operator")
+    assert "written before there were targets" in app.info[0].value and len(app.get("plotly_chart")) == 2
+    path.write_bytes(BROKEN["torn"])
+    assert "reference-cpu/attention: attention.json " in warnings(page("operator"))
 
 
 def test_the_list_shows_state_device_and_figures(root: Path) -> None:

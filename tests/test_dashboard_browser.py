@@ -21,8 +21,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run"]
 CHART, TABLE, ERROR = ".js-plotly-plot svg.main-svg", "[data-testid=stDataFrame] canvas", "[data-testid=stException]"
-PAGES = {"Overview": TABLE, "Training": CHART, "Components": CHART, "Scaling": CHART, "Settings": TABLE,
-         "Logs": "[data-testid=stCode]"}
+PAGES = {"Overview": TABLE, "Training": CHART, "Components": CHART, "Scaling": CHART, "Operator": CHART,
+         "Settings": TABLE, "Logs": "[data-testid=stCode]"}
 
 if CHROMIUM is None and os.environ.get("CI") != "true":
     pytest.skip("no chromium", allow_module_level=True)

@@ -19,7 +19,7 @@ from lshv2.errors import UserError
 from lshv2.metrics import TRAIN_COLUMNS, columns, standing
 from lshv2.model import LSHModel
 from lshv2.runs import Run, append_jsonl, open_run, read_jsonl
-from lshv2.train import language_task, train_run
+from lshv2.train import language_task, sample_text, train_run
 from lshv2.trainer import Trainer
 
 SCRIPT = """
@@ -54,6 +54,14 @@ def test_it_learns_and_measures(finished: Run) -> None:
     assert max(metrics["learning_rate"]) <= 3e-3 and metrics["learning_rate"][-1] < 0.11 * 3e-3
     assert metrics["recall"]["chance"] == pytest.approx(1 / 16)
     assert len(metrics["recall"]["accuracy"]) >= 2
+
+
+def test_the_trained_model_goes_on_from_held_out_text(finished: Run) -> None:
+    prompt, continuation = sample_text(finished)
+    assert prompt and continuation and (prompt, continuation) == sample_text(finished)
+    (finished.path / "empty").mkdir()
+    with pytest.raises(UserError, match="03_train"):
+        sample_text(Run(finished.path / "empty", finished.settings))
 
 
 def test_profile_parts_add_up_to_the_step(finished: Run) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import streamlit as st
 
 from lshv2.run_state import Entry, find_runs, run_status
 from lshv2.runs import runs_root
-from ui.data import WRITTEN_BY, Noted
+from ui.data import WRITTEN_BY, Noted, Reader, read
 from ui.style import DASHES, PALETTE, plain
 
 LIVE_S = 2.0  # seconds between redraws
@@ -71,6 +72,14 @@ def looks(entries: list[Entry]) -> dict[str, Look]:
             slots[key] = next(n for n in range(len(slots) + 1) if n not in slots.values())
     st.session_state["slots"] = slots
     return {key: Look(PALETTE[n % len(PALETTE)], DASHES[n // len(PALETTE) % len(DASHES)]) for key, n in slots.items()}
+
+
+def loaded(reader: Reader, entries: list[Entry]) -> list[tuple[Entry, Any]]:
+    """The runs that have this content, and notices about those files that are missing or broken."""
+    notes: Noted = []
+    runs = [(entry, content) for entry in entries if (content := read(reader, entry, notes))]
+    notices(notes)
+    return runs
 
 
 def live(draw: Callable[[], None]) -> None:

@@ -5,8 +5,8 @@ from html import escape
 
 import plotly.graph_objects as go
 import streamlit as st
-from ui.data import Noted, downloads, read
-from ui.page import live, notices, selected
+from ui.data import downloads
+from ui.page import live, loaded, selected
 from ui.style import GREY, PALETTE, faded, figure, plain, quantity, show, table
 
 from lshv2.readers import Profile, read_profile
@@ -24,9 +24,7 @@ percent = unit == "% of the step"
 
 
 def draw() -> None:
-    notes: Noted = []
-    runs: Runs = [(entry, profile) for entry in entries if (profile := read(read_profile, entry, notes))]
-    notices(notes)
+    runs: Runs = loaded(read_profile, entries)
     if not runs:
         return
     names = sorted({name for _, profile in runs for name in profile.components_ms},

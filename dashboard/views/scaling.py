@@ -1,8 +1,8 @@
 """Latency and memory against length, LSH beside its dense twin, with exponents and what failed."""
 
 import streamlit as st
-from ui.data import Noted, downloads, read
-from ui.page import live, looks, notices, selected
+from ui.data import downloads
+from ui.page import live, loaded, looks, selected
 from ui.scaling_charts import FORWARD, MEMORY, TRAIN, WORDS, Measure, Runs, cost_chart, interval
 from ui.style import quantity, show, table
 
@@ -20,13 +20,7 @@ time_of = FORWARD if kind == "forward" else TRAIN
 
 
 def draw() -> None:
-    notes: Noted = []
-    runs: Runs = []
-    for entry in entries:
-        benchmark = read(read_benchmark, entry, notes)
-        if benchmark:
-            runs.append((entry, look[entry.key], benchmark))
-    notices(notes)
+    runs: Runs = [(entry, look[entry.key], benchmark) for entry, benchmark in loaded(read_benchmark, entries)]
     if not runs or not attentions:
         return
     left, right = st.columns(2)

@@ -4,8 +4,8 @@ import math
 from dataclasses import replace
 
 import streamlit as st
-from ui.data import Noted, downloads, read
-from ui.page import live, looks, notices, selected
+from ui.data import downloads
+from ui.page import live, loaded, looks, selected
 from ui.style import quantity, show, table
 from ui.training_charts import Runs, View, curve_chart, level
 
@@ -26,13 +26,7 @@ view = View(x or "steps", log_x, log_y, smoothing)
 
 
 def draw() -> None:
-    notes: Noted = []
-    runs: Runs = []
-    for entry in entries:
-        training = read(read_training, entry, notes)
-        if training:
-            runs.append((entry, look[entry.key], training))
-    notices(notes)
+    runs: Runs = [(entry, look[entry.key], training) for entry, training in loaded(read_training, entries)]
     language = [run for run in runs if not run[2].language_model.empty]
     recall = [run for run in runs if not run[2].recall.empty]
     if language:

@@ -9,11 +9,14 @@ Query token t sees each key s in  S(t) = Local(t) ∪ Global(t) ∪ Bucket_1(t) 
 and out(t) is one softmax over that union of q·k/√D: a key counts once, however many rounds found it.
 Output at t depends on tokens <= t only. Memory is linear in T. Bucket ids come from `lshv2.hashing`, or anywhere.
 
-Backends: "reference" (dense mask from the definition, the oracle), "torch" (sorted tiles, linear memory), "masked"
-(SDPA with a mask: quadratic, for short inputs). `backend=None` chooses, here alone.
+Backends: "reference" (dense mask from the definition, the oracle), "triton" (GPU kernels, linear memory), "torch"
+(sorted tiles, linear memory, any device), "masked" (SDPA with a mask: quadratic, for short inputs).
+`backend=None` chooses, here alone.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +24,26 @@ from torch import Tensor
 from lshv2.attention.masked import lsh_attention_masked
 from lshv2.attention.reference import lsh_attention_reference, visible_set
 from lshv2.attention.tiled import lsh_attention_tiled
+from lshv2.hashing import has_triton
 
-__all__ = ["BACKENDS", "lsh_attention", "visible_set"]
+__all__ = ["BACKENDS", "lsh_attention", "runs_here", "visible_set"]
 
-BACKENDS = {"reference": lsh_attention_reference, "torch": lsh_attention_tiled, "masked": lsh_attention_masked}
+KERNEL_DIMS = (16, 32, 64, 128)  # head dims of the kernels: what a matrix product takes to what registers hold
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-MASKED_UP_TO = {False: 256, True: 2048}  # tokens, on a CPU and on a GPU
+
+def _triton(*tensors: Tensor, **sizes: Any) -> Tensor:
+    from lshv2.attention.kernels import lsh_attention_triton  # imports triton, which a CPU installation lacks
+
+    return lsh_attention_triton(*tensors, **sizes)
+
+
+BACKENDS = {
+    "reference": lsh_attention_reference, "triton": _triton, "torch": lsh_attention_tiled,
+    "masked": lsh_attention_masked,
+}
+
+MASKED_UP_TO = {False: 256, True: 256}  # tokens, on a CPU and on a GPU
 MASK_ELEMENTS = 1 << 28  # and no mask above 256 MB
 
 
@@ -42,14 +59,13 @@ def lsh_attention(
     """
     _check(q, k, v, q_buckets, k_buckets, n_buckets, bucket_size, window, n_global)
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        if cu_seqlens.ndim != 1 or bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] != q.shape[2]:
-            raise ValueError(f"cu_seqlens {str(bounds)[:100]} does not ascend from 0 to T = {q.shape[2]}")
+        _check_documents(cu_seqlens, q.shape[2])
     name = backend or choose_backend(q)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; allowed: {', '.join(BACKENDS)}")
     return BACKENDS[name](
-        q, k, v, q_buckets, k_buckets, bucket_size=bucket_size, window=window, n_global=n_global, cu_seqlens=cu_seqlens
+        q, k, v, q_buckets, k_buckets, n_buckets=n_buckets, bucket_size=bucket_size, window=window, n_global=n_global,
+        cu_seqlens=cu_seqlens,
     )
 
 
@@ -57,7 +73,26 @@ def choose_backend(q: Tensor) -> str:
     """The fastest backend measured for this device and length: below a few hundred tokens a mask beats sorting."""
     batch, n_heads, length, _ = q.shape
     short = length <= MASKED_UP_TO[q.device.type == "cuda"] and batch * n_heads * length**2 <= MASK_ELEMENTS
-    return "masked" if short else "torch"
+    if short:
+        return "masked"
+    return "triton" if runs_here("triton", q) else "torch"
+
+
+def runs_here(backend: str, q: Tensor) -> bool:
+    """Whether a backend takes q's device, dtype and head dim."""
+    if backend != "triton":
+        return True
+    return q.is_cuda and has_triton() and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_DIMS
+
+
+def _check_documents(cu_seqlens: Tensor, length: int) -> None:
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens {tuple(cu_seqlens.shape)} is not [documents + 1]")
+    if cu_seqlens.is_cuda:  # its values are trusted: reading them would make the host wait for the device
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] != length:
+        raise ValueError(f"cu_seqlens {str(bounds)[:100]} does not ascend from 0 to T = {length}")
 
 
 def _check(

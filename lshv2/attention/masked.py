@@ -16,15 +16,15 @@ from lshv2.profiling import region
 
 @torch.no_grad()
 def interval_mask(
-    q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int, n_global: int, cu_seqlens: Tensor | None
+    q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int, window: int, n_global: int,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """S(t) as bool [B,H,T,T]; q_buckets [B,H,R,T], k_buckets [B,K,R,T]."""
     batch, n_heads, rounds, length = q_buckets.shape
     start = document_starts(length, cu_seqlens, q_buckets.device)
     if cu_seqlens is not None:  # a bucket of a document is a bucket of its own
         document = torch.nn.functional.pad((start[1:] != start[:-1]).cumsum(0), (1, 0))
-        top = int(torch.maximum(q_buckets.max(), k_buckets.max())) + 1 if rounds else 1
-        q_buckets, k_buckets = (x.long() + top * document for x in (q_buckets, k_buckets))
+        q_buckets, k_buckets = (x.long() + n_buckets * document for x in (q_buckets, k_buckets))
     tables = build_intervals(q_buckets, k_buckets, bucket_size=bucket_size, window=window, n_global=0)
     position = torch.arange(length, device=q_buckets.device)
     distance = position[:, None] - position
@@ -37,13 +37,14 @@ def interval_mask(
 
 
 def lsh_attention_masked(
-    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int,
-    n_global: int = 0, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
+    window: int, n_global: int = 0, cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R,T] -> out [B,H,T,D]."""
     with region("hashing"):
         mask = interval_mask(
-            q_buckets, k_buckets, bucket_size=bucket_size, window=window, n_global=n_global, cu_seqlens=cu_seqlens
+            q_buckets, k_buckets, n_buckets=n_buckets, bucket_size=bucket_size, window=window, n_global=n_global,
+            cu_seqlens=cu_seqlens,
         )
     with region("bucket_attn"), full_precision(q):
         groups = q.shape[1] // k.shape[1]

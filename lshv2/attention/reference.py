@@ -47,8 +47,8 @@ def visible_set(
 
 
 def lsh_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int,
-    n_global: int = 0, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
+    window: int, n_global: int = 0, cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """q [B,H,T,D], k, v [B,K,T,D] -> out [B,H,T,D] in q's dtype; float32 inside (float64 stays float64)."""
     groups = q.shape[1] // k.shape[1]

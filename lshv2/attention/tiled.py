@@ -61,8 +61,8 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def lsh_attention_tiled(
-    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int,
-    n_global: int = 0, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
+    window: int, n_global: int = 0, cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R,T] -> out [B,H,T,D] in q's dtype."""
     if cu_seqlens is not None:  # documents see nothing of each other: each is its own call
@@ -70,7 +70,7 @@ def lsh_attention_tiled(
         outs = [
             lsh_attention_tiled(
                 q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], q_buckets[..., a:b], k_buckets[..., a:b],
-                bucket_size=bucket_size, window=window, n_global=n_global,
+                n_buckets=n_buckets, bucket_size=bucket_size, window=window, n_global=n_global,
             )
             for a, b in zip(bounds, bounds[1:], strict=False) if b > a
         ]

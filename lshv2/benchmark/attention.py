@@ -1,98 +1,128 @@
-"""The attention operator alone, against torch's SDPA, forward + backward, in one process.
+"""The attention operator alone, against torch's dense attention and FlexAttention, in one process.
 
-    python -m lshv2.benchmark.attention --lengths 4096 16384 --samples 5 --out attention.json
+    python -m lshv2.benchmark.attention --out runs/reference-<machine>/attention/attention.json
+    python -m lshv2.benchmark.attention --quick
 
-One layer at the documented head shape (12 query and 4 key/value heads of 64, W 128, window 256, R 4, batch 1) on random
-q, k, v, with max(1, T / W) buckets a round. What is timed for LSH is the whole operator: hashing by random codebooks,
-sorting, attention, and its backward. The two are measured in turn, so that a machine that slows down slows both.
+One layer at the documented head shape (12 query and 4 key/value heads of 64, W 128, window 256, R 4, 4 sinks), T / 128
+buckets. LSH is the whole operator from q, k, v: hashing by random codebooks, sorting, attention, and its backward.
+Rows, the most telling lengths first:
+  eager      every length at batch 1, and 131,072 tokens as a batch of shorter ones: LSH on uniform and clustered data
+             and every opponent in turn, sample by sample; LSH's time by part, peak memory on a GPU
+  given ids  LSH alone on bucket ids made to hurt, without hashing, beside uniform ones
+  graph      on CUDA up to 16,384 tokens: forward + backward replayed as a CUDA graph, without launch gaps
+Nothing is timed that cannot end: a dense opponent whose predicted time (quadratic from its longest shorter row, at
+first from a probe) passes --limit-ms has the prediction in its reason and no figure. JSON is written after every row.
+Not here: decoding, several GPUs, whole models.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-
-from lshv2.attention import choose_backend, lsh_attention
-from lshv2.hashing import bucket_ids, codebook_tables
+from lshv2.benchmark import attention_inputs as shapes
+from lshv2.benchmark.attention_rows import Bench, Case
+from lshv2.benchmark.attention_targets import TOKENS, derive, fastest_dense, slower_lsh, targets
+from lshv2.benchmark.worker import device_name
 from lshv2.machine import environment
-from lshv2.runs import write_json
+from lshv2.operator_plots import operator_png
+from lshv2.operator_results import FILE
+from lshv2.runs import atomic_path, write_json
 from lshv2.trainer import pick_device
 
-N_HEADS, N_KV_HEADS, HEAD_DIM, N_ROUNDS, BUCKET_SIZE, WINDOW, N_GLOBAL = 12, 4, 64, 4, 128, 256, 4
+LENGTHS = {  # in the order of what they tell: a run that ends early has the first of them
+    "cuda": (131_072, 65_536, 16_384, 4_096, 8_192, 2_048, 32_768, 1_024, 262_144, 524_288, 1_048_576),
+    "cpu": (1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536),
+}
+QUICK_LENGTHS = (512, 256)
+LIMIT_MS = {"cuda": 1_000.0, "cpu": 60_000.0}
+GIVEN_IDS_AT = {"cuda": TOKENS, "cpu": 16_384}
+GRAPH_UP_TO = 16_384
 
 
-def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock of one call, the device's work included."""
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) * 1e3
+def plan(lengths: list[int], device: str) -> list[Case]:
+    """All rows in order: each length with its fixed-tokens batch, ids that hurt after the first, graphs last."""
+    cases: list[Case] = []
+    for length in lengths:
+        cases.append(Case("eager", length))
+        if length < TOKENS and TOKENS % length == 0 and device == "cuda":
+            cases.append(Case("eager", length, TOKENS // length))
+    cases.insert(1, Case("given ids", min(GIVEN_IDS_AT[device], max(lengths))))
+    if device == "cuda":
+        cases += [Case("graph", c.seq_len, c.batch_size) for c in cases
+                  if c.mode == "eager" and c.seq_len <= GRAPH_UP_TO]
+    return cases
 
 
-def measure(length: int, samples: int, seed: int) -> dict[str, Any]:
-    """Medians and samples in milliseconds of forward + backward, LSH and dense, after one warm-up each."""
-    device = pick_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(heads: int) -> Tensor:
-        x = torch.randn(1, heads, length, HEAD_DIM, generator=generator)
-        return x.to(device, dtype).requires_grad_()
-
-    q, k, v = draw(N_HEADS), draw(N_KV_HEADS), draw(N_KV_HEADS)
-    grad = draw(N_HEADS).detach()
-    n_buckets = max(1, 2 ** round(torch.tensor(length / BUCKET_SIZE).log2().item()))
-    tables = [t.to(device) for t in codebook_tables(N_KV_HEADS, N_ROUNDS, n_buckets, HEAD_DIM, generator)]
-
-    def lsh() -> Tensor:
-        return lsh_attention(
-            q, k, v, bucket_ids(q, tables), bucket_ids(k, tables), n_buckets=n_buckets, bucket_size=BUCKET_SIZE,
-            window=WINDOW, n_global=N_GLOBAL,
-        )
-
-    def dense() -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    taken: dict[str, list[float]] = {"lsh": [], "dense": []}
-    for sample in range(samples + 1):
-        for name, forward in (("lsh", lsh), ("dense", dense)):
-            elapsed = milliseconds(lambda f=forward: torch.autograd.grad(f(), (q, k, v), grad), device)  # type: ignore[misc]
-            if sample:
-                taken[name].append(elapsed)
-    row: dict[str, Any] = {"seq_len": length, "n_buckets": n_buckets, "backend": choose_backend(q), "dtype": str(dtype)}
-    for name, values in taken.items():
-        row |= {f"{name}_ms": median(values), f"{name}_samples_ms": values}
-    return {**row, "speedup": row["dense_ms"] / row["lsh_ms"]}
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    head = f"{row['mode']:9} {row['seq_len']:>9,} x {row['batch_size']:<3} {row['seconds']:6.1f} s"
+    times = [f"{name} {entry['both_ms']:,.2f}" for name, entry in row["contenders"].items() if entry.get("both_ms")]
+    dense, slower = fastest_dense(row), slower_lsh(row)
+    return f"{head}  {', '.join(times)} ms" + (f": {dense[1] / slower:.2f} ×" if dense and slower else "")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    began = time.monotonic()
+    bench = Bench(options.lengths, options.dtype, options.samples, options.limit_ms, options.seed, options.quick)
+    content: dict[str, Any] = {
+        "schema": 2, "state": "running", "device": device_name(bench.device), "dtype": options.dtype,
+        "environment": environment(), "command": " ".join(["python -m lshv2.benchmark.attention", *arguments]),
+        "shape": {name.lower(): getattr(shapes, name) for name in (
+            "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "N_ROUNDS", "BUCKET_SIZE", "WINDOW", "N_GLOBAL")},
+        "seed": options.seed, "samples": asdict(bench.limits), "limit_ms": options.limit_ms, "rows": [], "left_out": [],
+    }
+
+    def save() -> None:
+        content["derived"] = derive(content["rows"])
+        content["targets"] = targets(content["derived"], content["rows"], bench.device.type)
+        content["seconds"] = round(time.monotonic() - began, 1)
+        if options.out:
+            write_json(options.out, content)
+
+    bench.probe()
+    for case in plan(options.lengths, bench.device.type):
+        if time.monotonic() - began > options.budget_s:
+            content["left_out"].append({**asdict(case), "reason": f"{options.budget_s:g} s were over (--budget-s)"})
+            continue
+        content["rows"].append(bench.row(case))
+        print(line(content["rows"][-1]), flush=True)
+        save()
+    content["state"] = "done"
+    save()
+    if content["rows"] and options.out and options.out.name == FILE:
+        with atomic_path(options.out.with_suffix(".png")) as picture:
+            picture.write_bytes(operator_png(options.out.parent))
+    for target in content["targets"]:
+        verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
+        value = "" if target["value"] is None else f"{target['value']:,.4g} {target['unit']}"
+        print(f"{verdict:12} {target['name']} ({target['target']}): {value}")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command's options, with the device's defaults filled in."""
+    device = pick_device().type
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192, 16_384])
-    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--lengths", nargs="+", type=int, help=f"in this order; on this device: {LENGTHS[device]}")
+    parser.add_argument("--samples", type=int, default=20, help="at most, of each contender and row")
+    parser.add_argument("--limit-ms", type=float, default=LIMIT_MS[device],
+                        help="longest predicted call of a dense opponent, forward + backward")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="no row is begun after this many seconds")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+                        default="bfloat16" if device == "cuda" else "float32")
+    parser.add_argument("--quick", action="store_true", help="two short lengths, two samples, nothing compiled")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write rows and environment here as JSON")
-    arguments = parser.parse_args()
-    rows = []
-    for length in arguments.lengths:
-        rows.append(measure(length, arguments.samples, arguments.seed))
-        low, high = min(rows[-1]["lsh_samples_ms"]), max(rows[-1]["lsh_samples_ms"])
-        print(f"{length:8,} tokens: LSH {rows[-1]['lsh_ms']:10.1f} ms ({low:.1f} to {high:.1f}), "
-              f"SDPA {rows[-1]['dense_ms']:10.1f} ms, {rows[-1]['speedup']:.2f} x", flush=True)
-        if arguments.out:
-            write_json(arguments.out, {"schema": 1, "environment": environment(), "seed": arguments.seed, "rows": rows})
-    if not arguments.out:
-        print(json.dumps(environment()))
+    parser.add_argument("--out", type=Path, help=f"write JSON here after every row, and a picture beside {FILE}")
+    options = parser.parse_args(arguments)
+    options.lengths = options.lengths or list(QUICK_LENGTHS if options.quick else LENGTHS[device])
+    options.samples = min(2, options.samples) if options.quick else options.samples
+    return options
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

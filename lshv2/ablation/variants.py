@@ -1,0 +1,194 @@
+"""What is compared: attention variants, tasks, and the order in which a study runs them.
+
+A variant is the product's model with other settings; what its settings do not offer (`special`) is a subclass in
+`lshv2.ablation.heads`. All variants of a task have the same parameters, data, steps and learning rate. `dense_*` are
+the twins that LSH is held against, with the same token shift, QK-norm, learned temperature and rotary choices.
+
+Tasks: `language-N`, bytes of real text in windows of N tokens, 32,768 tokens a step; `recall-N`, associative recall
+trained at N tokens and asked at 1, 2, 4 and 8 times that, its buckets made for the longest (a model's capacity).
+Needs no torch: the README's table reads this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lshv2.config import RecallConfig, Settings
+from lshv2.errors import UserError
+from lshv2.presets import make_settings
+
+TOKENS_A_STEP = 32_768
+RECALL_LENGTHS = (1, 2, 4, 8)  # times the training length
+BYTE_VOCABULARY = 257  # all bytes and the end of a document
+
+Special = Literal["", "no_shift", "centred", "two_way", "mix"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """settings: what differs from the task's base. special: the subclass that stands in for the product's attention.
+
+    far: rotary fraction outside the window, of `two_way` (inside it is the settings').
+    content_heads: part of the heads that carry no positions, of `mix`.
+    only: the tasks that this variant is meant for, by the start of their name; empty: all.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    special: Special = ""
+    far: float = 0.5
+    content_heads: float = 0.5
+    only: str = ""
+
+    @property
+    def attention(self) -> str:
+        return self.settings.get("model.attention", "lsh")
+
+
+def _dense(rotary: float, **more: Any) -> Variant:
+    return Variant({"model.attention": "dense", "model.rotary_fraction": rotary}, **more)
+
+
+def _rotary(fraction: float, **more: Any) -> Variant:
+    return Variant({"model.rotary_fraction": fraction}, **more)
+
+
+def _shape(rounds: int, bucket_size: int, window: int = 256) -> Variant:
+    shape = {"model.n_rounds": rounds, "model.bucket_size": bucket_size, "model.window": window}
+    return Variant(shape, only="language")
+
+
+CROSS_POLYTOPE = {"model.hashing": "cross_polytope"}
+VARIANTS: dict[str, Variant] = {
+    "codebooks_half": Variant(),
+    "dense_full": _dense(1.0),
+    "dense_half": _dense(0.5),
+    "cross_polytope_half": Variant(CROSS_POLYTOPE),
+    "centred_half": Variant(CROSS_POLYTOPE, "centred"),
+    "window_half": Variant({"model.attention": "window"}),
+    "codebooks_full": _rotary(1.0),
+    "codebooks_quarter": _rotary(0.25),
+    "codebooks_content": _rotary(0.0),
+    "codebooks_mix_full": _rotary(1.0, special="mix"),
+    "codebooks_mix_half": _rotary(0.5, special="mix"),
+    "codebooks_two_way_half": _rotary(1.0, special="two_way", far=0.5),
+    "codebooks_two_way_content": _rotary(1.0, special="two_way", far=0.0),
+    "codebooks_centred_half": Variant({}, "centred"),
+    "codebooks_no_shift": Variant({}, "no_shift"),
+    # the same R·W + window keys, counted without overlaps: 4·64 + 256
+    "codebooks_r2_w128": _shape(2, 128),
+    "codebooks_r8_w32": _shape(8, 32),
+    "codebooks_r3_w128_window128": _shape(3, 128, 128),
+    # buckets for the training length alone, to see what a capacity costs or gives
+    "codebooks_few_buckets": Variant({"model.n_buckets": 16}, only="recall"),
+    "cross_polytope_few_buckets": Variant({**CROSS_POLYTOPE, "model.n_buckets": 16}, only="recall"),
+    "dense_quarter": _dense(0.25),
+    "dense_content": _dense(0.0),
+    "dense_mix_full": _dense(1.0, special="mix"),
+    "dense_mix_half": _dense(0.5, special="mix"),
+    "dense_two_way_half": _dense(1.0, special="two_way", far=0.5),
+    "dense_no_shift": _dense(0.5, special="no_shift"),
+}
+
+_CORE = ("codebooks_half", "dense_full", "dense_half", "cross_polytope_half", "centred_half")
+# The most informative comparison first, for all seeds, before the next begins.
+TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("language-2048", _CORE),
+    ("recall-256", (*_CORE, "codebooks_content", "codebooks_quarter", "codebooks_mix_half", "codebooks_mix_full",
+                    "codebooks_few_buckets", "dense_quarter", "dense_content")),
+    ("language-8192", ("codebooks_half", "dense_full", "dense_half")),
+    ("language-2048", ("codebooks_full", "codebooks_quarter", "codebooks_mix_full", "codebooks_no_shift",
+                       "dense_quarter", "dense_mix_full", "dense_no_shift", "window_half")),
+    ("language-2048", ("codebooks_r2_w128", "codebooks_r8_w32", "codebooks_r3_w128_window128",
+                       "codebooks_centred_half")),
+    ("recall-256", ("window_half", "codebooks_full", "codebooks_two_way_half", "codebooks_two_way_content",
+                    "codebooks_no_shift", "codebooks_centred_half", "cross_polytope_few_buckets", "dense_mix_full",
+                    "dense_mix_half", "dense_no_shift")),
+    ("language-8192", ("cross_polytope_half", "centred_half", "dense_quarter", "window_half")),
+    ("language-2048", ("codebooks_two_way_half", "codebooks_two_way_content", "dense_two_way_half")),
+    ("language-2048", ("codebooks_content", "codebooks_mix_half", "dense_content", "dense_mix_half")),
+)
+TASKS = tuple(dict.fromkeys(task for task, _ in TIERS))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a variant on a task with a seed; `extra`: overrides of every job of this study, in `--set` form."""
+
+    variant: str
+    task: str
+    seed: int
+    steps: int
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.variant, self.task, self.seed
+
+    @property
+    def kind(self) -> str:
+        """Jobs of one kind take about the same time."""
+        variant = VARIANTS[self.variant]
+        return "two_way" if variant.special == "two_way" else variant.attention
+
+    @property
+    def length(self) -> int:
+        """Tokens of a training sequence."""
+        return int(self.overrides()["train.seq_length"])
+
+    def base(self) -> dict[str, Any]:
+        """What all variants of the study share; raises `UserError` for an unknown task."""
+        name, _, text = self.task.partition("-")
+        if name not in ("language", "recall") or not text.isdigit():
+            raise UserError(f"task {self.task!r} is unknown; allowed: language-<tokens> and recall-<tokens>")
+        base = _language(int(text)) if name == "language" else _recall(int(text))
+        values = {**base, **dict(self.extra)}
+        return {**values, "train.num_train_sequences": self.steps * values["train.batch_size"]}
+
+    def overrides(self) -> dict[str, Any]:
+        """All that differs from the documented settings; two rows with the same ones are the same measurement."""
+        return {**self.base(), **VARIANTS[self.variant].settings}
+
+    def settings(self) -> Settings:
+        """Validated settings; raises `UserError` with one line."""
+        return make_settings("full", self.overrides(), seed=self.seed)
+
+
+def _language(length: int) -> dict[str, Any]:
+    batch = max(1, TOKENS_A_STEP // length)
+    return {
+        "model.vocab_size": BYTE_VOCABULARY, "model.d_model": 256, "model.n_layers": 4, "model.weight_tied_layers": 4,
+        "model.n_heads": 4, "model.n_kv_heads": 4, "model.d_ff": 1024, "model.use_ponder": False,
+        "model.max_seq_len": length, "model.window": 256, "model.bucket_size": 64, "train.seq_length": length,
+        "train.batch_size": batch, "train.num_eval_sequences": 16 * batch, "train.learning_rate": 3e-3,
+        "train.gradient_checkpoint": False,
+    }
+
+
+def _recall(length: int) -> dict[str, Any]:
+    """The product's recall probe, with the capacity for the longest evaluation: window and W 16, 4 rounds."""
+    probe = RecallConfig()
+    shape = {name: getattr(probe, name) for name in (
+        "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "window", "bucket_size")}
+    return {
+        **{f"model.{name}": value for name, value in shape.items()}, "model.d_ff": 2 * probe.d_model,
+        "model.weight_tied_layers": probe.n_layers, "model.use_ponder": False, "model.n_buckets": None,
+        "model.max_seq_len": length * RECALL_LENGTHS[-1], "train.seq_length": length, "train.batch_size": 64,
+        "train.num_eval_sequences": 256, "train.learning_rate": 3e-3, "train.gradient_checkpoint": False,
+        "recall.n_pairs": probe.n_pairs,
+    }
+
+
+def plan(
+    tasks: list[str], variants: list[str] | None, seeds: list[int], steps: int, extra: dict[str, Any]
+) -> list[list[Job]]:
+    """Tiers of jobs, the first to run first. variants: None takes the tiers' own, else these on every task that they
+    are meant for."""
+    tiers = TIERS if variants is None else tuple((task, tuple(variants)) for task in tasks)
+    return [
+        [
+            Job(name, task, seed, steps, tuple(sorted(extra.items())))
+            for seed in seeds for name in names if task.startswith(VARIANTS[name].only)
+        ]
+        for task, names in tiers if task in tasks
+    ]

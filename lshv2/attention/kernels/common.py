@@ -1,0 +1,93 @@
+"""What the forward and backward kernels share: who sees which key, and how large the tiles are.
+
+Sizes are in tokens. One program owns one tile of queries (or of keys) and loops over tiles of the other side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634  # kernels work in powers of two: exp2 is the hardware's instruction
+
+
+@dataclass(frozen=True)
+class Tile:
+    """own: rows a program owns; other: rows of the other side it reads at a time; and Triton's launch choices.
+
+    registers: at most so many a thread, so that more programs share a multiprocessor (None: as the compiler likes).
+    """
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def launch(self) -> dict[str, Any]:
+        return dict(
+            OWN=self.own, OTHER=self.other, num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers
+        )
+
+
+TILES: dict[str, Tile] = {
+    "far_forward": Tile(64, 32, 4, 4, 128),
+    "local_forward": Tile(64, 64, 4, 3, 128),
+    "far_queries": Tile(64, 32, 4, 3, 128),
+    "local_queries": Tile(64, 32, 4, 3),
+    "far_keys": Tile(64, 32, 4, 3, 168),
+    "local_keys": Tile(64, 32, 4, 3, 168),
+}
+
+
+def tile_for(kernel: str, dim: int, dtype: torch.dtype) -> Tile:
+    """The kernel's tile; four-byte or 128-wide heads get smaller ones, so that they fit in shared memory."""
+    tile = TILES[kernel]
+    if dim * dtype.itemsize <= 128:
+        return tile
+    small = 32 if dim * dtype.itemsize <= 256 else 16
+    return Tile(min(tile.own, max(small, 32)), min(tile.other, small), tile.warps, 1, None)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made: in three tf32 passes, which keeps float32's accuracy."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def within(distance, length):
+    """0 <= distance < length in one comparison: as an unsigned number, a negative distance is a large one."""
+    return distance.to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def earlier_rows(table, stride, place, current, MISSING: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr):
+    """Consecutive rows of a table at `place`, one for each earlier round, as a tuple.
+
+    MIXED: the launch serves several rounds; rows from `current` on are not of this one.
+    """
+    rows = ()
+    for e in tl.static_range(EARLIER):
+        if MIXED:
+            row = tl.load(table + e * stride + place, mask=e < current, other=MISSING)
+        else:
+            row = tl.load(table + e * stride + place)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def found_earlier(ranks, lows, bucket_size, EARLIER: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Which keys some earlier round found, from tuples of padded ranks and lows: [Q,S], or [S,Q] with KEYS_FIRST."""
+    for e in tl.static_range(EARLIER):
+        if KEYS_FIRST:
+            distance = ranks[e][:, None] - lows[e][None, :]
+        else:
+            distance = ranks[e][None, :] - lows[e][:, None]
+        distance = distance.to(tl.uint32, bitcast=True)
+        nearest = distance if e == 0 else tl.minimum(nearest, distance)  # noqa: F821
+    return nearest < bucket_size

@@ -1,0 +1,75 @@
+"""Bucket ids on a GPU: the products with the directions and their argmax in one Triton kernel, nothing stored between."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128  # tokens a program
+SCORES = 128  # directions a product, of one round or several
+
+
+@triton.jit
+def _nearest(
+    x, directions, t, first, group, sxt, T, R, SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Nearest of SIZE directions to each row of x in ROUNDS rounds from `first` on: int32 [BLOCK,ROUNDS]."""
+    d, c = tl.arange(0, DIM), tl.arange(0, ROUNDS * COLUMNS)
+    x_tile = tl.load(x + t.to(tl.int64)[:, None] * sxt + d[None, :], mask=(t < T)[:, None], other=0.0)
+    r, c = first + c // COLUMNS, c % COLUMNS
+    known = (r < R) & (c < SIZE)
+    row = (group * R + r) * SIZE + c
+    table = tl.load(directions + row[None, :] * DIM + d[:, None], mask=known[None, :], other=0.0)
+    scores = tl.dot(x_tile, table.to(x_tile.dtype), input_precision="ieee")
+    scores = tl.where(known[None, :], scores, float("-inf"))
+    return tl.argmax(tl.reshape(scores, [BLOCK, ROUNDS, COLUMNS]), axis=2).to(tl.int32)
+
+
+@triton.jit
+def _bucket_ids(
+    x, first, second, ids, sxb, sxh, sxt, T, n_heads, G, R, offset,
+    PARTS: tl.constexpr, SIZE0: tl.constexpr, SIZE1: tl.constexpr, COLUMNS0: tl.constexpr, COLUMNS1: tl.constexpr,
+    ROUNDS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    x += b * sxb + h * sxh
+    for r in range(0, R, ROUNDS):
+        bucket = _nearest(x, first, t, r, h // G, sxt, T, R, SIZE0, COLUMNS0, ROUNDS, DIM, BLOCK)
+        if PARTS == 2:
+            part = _nearest(x + offset, second, t, r, h // G, sxt, T, R, SIZE1, COLUMNS1, ROUNDS, DIM, BLOCK)
+            bucket = bucket * SIZE1 + part
+        rounds = r + tl.arange(0, ROUNDS)
+        rows = ids + ((b * n_heads + h) * R + rounds)[None, :] * T + t[:, None]
+        tl.store(rows, bucket, mask=(rounds < R)[None, :] & (t < T)[:, None])
+
+
+def supported(x: Tensor, tables: list[Tensor]) -> bool:
+    """Whether the kernel takes these: float16, bfloat16 or float32, part widths a power of two from 16 to 128."""
+    dims = {table.shape[-1] for table in tables}
+    return (
+        x.dtype in (torch.bfloat16, torch.float16, torch.float32) and len(tables) <= 2 and dims <= {16, 32, 64, 128}
+    )
+
+
+def bucket_ids_triton(x: Tensor, tables: list[Tensor]) -> Tensor:
+    """x [B,H,T,D], one or two tables [K,R,C,Dp] -> int32 [B,H,R,T], as `lshv2.hashing.bucket_ids` defines them."""
+    batch, n_heads, length, _ = x.shape
+    n_kv, rounds, _, dim = tables[0].shape
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    sizes = [tables[0].shape[2], tables[-1].shape[2]]
+    columns = [max(16, triton.next_power_of_2(size)) for size in sizes]
+    at_once = min(triton.next_power_of_2(rounds), max(1, SCORES // max(columns)))
+    ids = torch.empty(batch, n_heads, rounds, length, dtype=torch.int32, device=x.device)
+    # parts read their own slice of the vector, or all of it
+    offset = dim if len(tables) * dim == x.shape[-1] else 0
+    _bucket_ids[(triton.cdiv(length, BLOCK), n_heads, batch)](
+        x, tables[0].contiguous(), tables[-1].contiguous(), ids, *x.stride()[:3], length, n_heads, n_heads // n_kv,
+        rounds, offset, PARTS=len(tables), SIZE0=sizes[0], SIZE1=sizes[1], COLUMNS0=columns[0], COLUMNS1=columns[1],
+        ROUNDS=at_once, DIM=dim, BLOCK=BLOCK, num_warps=8,
+    )
+    return ids
