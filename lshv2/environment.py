@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT, LOCK, CONDA = ROOT / "pyproject.toml", ROOT / ".requirements.lock", ROOT / "environment.yml"
 VENV = ROOT / ".venv"
 BUILDING, BUILT = ".building", ".built"  # marks inside .venv: interrupted, or made from this lock
-REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(.*)")
+REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)([^;]*)(; platform_system == '(\w+)')?")
 
 
 def canonical(name: str) -> str:
@@ -39,11 +39,21 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def requirements(*, test: bool) -> dict[str, str]:
-    """Direct dependencies: canonical name -> version specifier such as `==2.4.6`."""
+def direct_dependencies(*, test: bool) -> list[re.Match[str]]:
+    """Each as a match of REQUIREMENT: name, version specifier, marker or None, the marker's system or None."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     lines = project["dependencies"] + (project["optional-dependencies"]["test"] if test else [])
-    return {canonical(match[1]): match[2] for line in lines if (match := REQUIREMENT.fullmatch(line))}
+    matches = [REQUIREMENT.fullmatch(line) for line in lines]
+    assert all(matches), "a dependency in pyproject.toml is written in another way"
+    return [match for match in matches if match]
+
+
+def requirements(*, test: bool) -> dict[str, str]:
+    """This system's direct dependencies: canonical name -> version specifier such as `==2.4.6`."""
+    return {
+        canonical(match[1]): match[2] for match in direct_dependencies(test=test)
+        if match[4] in (None, platform.system())
+    }
 
 
 def satisfies(version: str, specifier: str) -> bool:
@@ -170,13 +180,15 @@ def write_lock() -> None:
     versions = {canonical(entry["name"]): entry["version"].split("+")[0] for entry in found}
     commented = re.findall(r'^ +"([\w-]+)[=><][^"]*", *# (.+)$', PYPROJECT.read_text(), re.M)
     uses = {canonical(name): use for name, use in commented}
-    pins = [f"{f'{n}=={v}':<40}# {uses[n]}" if n in uses else f"{n}=={v}" for n, v in sorted(versions.items())]
+    markers = {canonical(match[1]): match[3] or "" for match in direct_dependencies(test=True)}
+    lines = [(name, f"{name}=={version}{markers.get(name, '')}") for name, version in sorted(versions.items())]
+    pins = [f"{line:<39} # {uses[name]}" if name in uses else line for name, line in lines]
     head = "# Written by `make lock` from pyproject.toml: change versions there. Direct dependencies say who uses them."
     LOCK.write_text("\n".join([head, *pins]) + "\n")
     python = re.sub(r"[^\d.]", "", project["project"]["requires-python"])
-    lines = [head, "# conda env create -f environment.yml && conda activate lshv2", "name: lshv2", "channels:",
+    conda = [head, "# conda env create -f environment.yml && conda activate lshv2", "name: lshv2", "channels:",
              "  - conda-forge", "dependencies:", f"  - python={python}", "  - pip", "  - pip:"]
-    CONDA.write_text("\n".join([*lines, *(f"      - {pin}" for pin in pins), "      - --editable ."]) + "\n")
+    CONDA.write_text("\n".join([*conda, *(f"      - {pin}" for pin in pins), "      - --editable ."]) + "\n")
     say(f"wrote {LOCK.name} and {CONDA.name}: {len(pins)} packages")
 
 

@@ -23,14 +23,14 @@ import importlib.util
 import torch
 from torch import Tensor
 
+SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
+MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed: torch brings it along on Linux with CUDA."""
     return importlib.util.find_spec("triton") is not None
-
-
-SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
-MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
 
 
 def parts_for(n_buckets: int) -> tuple[int, ...]:
@@ -78,7 +78,9 @@ def part_ids(x: Tensor, table: Tensor) -> Tensor:
     grouped = x.reshape(batch, n_kv, -1, dim)  # [B,K,G*T,Dp]: the heads of a group share their table
     directions = table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype).to(work)
     rows = max(1, SCORES // (batch * n_kv * rounds * size))
-    pieces = [(part.to(work) @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)]
+    pieces = [
+        (part.to(work) @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)
+    ]
     ids = torch.cat(pieces, dim=2).view(batch, n_kv, n_heads // n_kv, length, rounds)
     return ids.permute(0, 1, 2, 4, 3).reshape(batch, n_heads, rounds, length)
 
@@ -90,10 +92,10 @@ def bucket_ids(x: Tensor, tables: list[Tensor]) -> Tensor:
     Directions are rounded to x's dtype, products summed in float32 (float64 stays float64); on a GPU in one kernel.
     """
     if x.is_cuda and has_triton():
-        from lshv2.hashing_kernel import bucket_ids_triton, supported
+        from lshv2.hashing_kernel import bucket_ids_triton, bucket_ids_whole, supported
 
         if supported(x, tables):
-            return bucket_ids_triton(x, tables)
+            return (bucket_ids_whole if torch.compiler.is_compiling() else bucket_ids_triton)(x, tables)
     result: Tensor | None = None
     for piece, table in zip(_slices(x, tables), tables, strict=True):
         ids = part_ids(piece, table)

@@ -1,4 +1,4 @@
-"""Bucket ids on a GPU: the products with the directions and their argmax in one Triton kernel, nothing stored between."""
+"""Bucket ids on a GPU: products with the directions and their argmax in one Triton kernel, nothing stored between."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # tokens a program
-SCORES = 128  # directions a product, of one round or several
+from lshv2.launch import launch
+
+BLOCK = 64  # tokens a program
+SCORES = 64  # directions a product, of one round or several
 
 
 @triton.jit
@@ -24,8 +26,11 @@ def _nearest(
     row = (group * R + r) * SIZE + c
     table = tl.load(directions + row[None, :] * DIM + d[:, None], mask=known[None, :], other=0.0)
     scores = tl.dot(x_tile, table.to(x_tile.dtype), input_precision="ieee")
-    scores = tl.where(known[None, :], scores, float("-inf"))
-    return tl.argmax(tl.reshape(scores, [BLOCK, ROUNDS, COLUMNS]), axis=2).to(tl.int32)
+    scores = tl.reshape(tl.where(known[None, :], scores, float("-inf")), [BLOCK, ROUNDS, COLUMNS])
+    # the first of the largest: two plain reductions cost less than one that carries values and places
+    largest = tl.max(scores, axis=2)
+    place = tl.arange(0, COLUMNS)[None, None, :]
+    return tl.min(tl.where(scores == largest[:, :, None], place, COLUMNS), axis=2)
 
 
 @triton.jit
@@ -55,6 +60,18 @@ def supported(x: Tensor, tables: list[Tensor]) -> bool:
     )
 
 
+@torch.library.custom_op("lshv2::bucket_ids", mutates_args=(), schema="(Tensor x, Tensor[] tables) -> Tensor")
+def bucket_ids_whole(x: Tensor, tables: list[Tensor]) -> Tensor:
+    """`bucket_ids_triton` as an operator that torch.compile keeps whole."""
+    return bucket_ids_triton(x, tables)
+
+
+@bucket_ids_whole.register_fake
+def _(x: Tensor, tables: list[Tensor]) -> Tensor:
+    batch, n_heads, length, _ = x.shape
+    return x.new_empty(batch, n_heads, tables[0].shape[1], length, dtype=torch.int32)
+
+
 def bucket_ids_triton(x: Tensor, tables: list[Tensor]) -> Tensor:
     """x [B,H,T,D], one or two tables [K,R,C,Dp] -> int32 [B,H,R,T], as `lshv2.hashing.bucket_ids` defines them."""
     batch, n_heads, length, _ = x.shape
@@ -65,11 +82,14 @@ def bucket_ids_triton(x: Tensor, tables: list[Tensor]) -> Tensor:
     columns = [max(16, triton.next_power_of_2(size)) for size in sizes]
     at_once = min(triton.next_power_of_2(rounds), max(1, SCORES // max(columns)))
     ids = torch.empty(batch, n_heads, rounds, length, dtype=torch.int32, device=x.device)
+    if not rounds:
+        return ids
     # parts read their own slice of the vector, or all of it
     offset = dim if len(tables) * dim == x.shape[-1] else 0
-    _bucket_ids[(triton.cdiv(length, BLOCK), n_heads, batch)](
+    launch(
+        _bucket_ids, (triton.cdiv(length, BLOCK), n_heads, batch),
         x, tables[0].contiguous(), tables[-1].contiguous(), ids, *x.stride()[:3], length, n_heads, n_heads // n_kv,
         rounds, offset, PARTS=len(tables), SIZE0=sizes[0], SIZE1=sizes[1], COLUMNS0=columns[0], COLUMNS1=columns[1],
-        ROUNDS=at_once, DIM=dim, BLOCK=BLOCK, num_warps=8,
+        ROUNDS=at_once, DIM=dim, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )
     return ids

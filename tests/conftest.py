@@ -10,15 +10,39 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["LSHV2_RUNS"] = tempfile.mkdtemp(prefix="lshv2-test-runs-")
 os.environ.pop("LSHV2_RUNNER", None)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses under `poisoned_memory`
 
+import importlib.util
 import shutil
+from collections.abc import Iterator
+from importlib import metadata
 
 import hypothesis
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported and when a kernel is defined
 
 # Deterministic examples, and no deadline: a shared machine's pauses are no finding.
 hypothesis.settings.register_profile("lshv2", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lshv2")
+
+
+def pytest_report_header() -> str:
+    """On what the tests ran: a record of a GPU run must say so."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: kernels are interpreted"
+    triton = metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    commit = os.environ.get("LSHV2_COMMIT", "not given")
+    return f"device: {device}; torch {torch.__version__}, triton {triton}; LSHV2_COMMIT {commit}"
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch fills uninitialised memory with NaN and large integers: an element nobody wrote cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -55,13 +55,22 @@ def test_what_may_be_said_of_rows() -> None:
     shown = table(summary, "language-2048")
     assert "| `codebooks_half` | 3 | 1.010 (1.005 to 1.015) | 0.960 (0.955 to 0.965) |  | 0.400 (0.300 to 0.5" in shown
     said = "\n".join(statements(ROWS, "language-2048"))
-    assert "within 1% of the best dense twin (`dense_half`, 1.0100): `codebooks_half`." in said
+    assert "Within 1% of the best dense twin (`dense_half`, 1.0100) on their common seeds: `codebooks_half`." in said
     assert "`codebooks_half` 1.0100 against `window_half` 1.2000: 15.83 % less, better on 3 of 3 common seeds" in said
     assert "on 3 of 3 common seeds; ranges apart." in said
-    assert "`cross_polytope_half` 1.2500: 19.20 % less, better on 1 of 1 common seeds; ranges apart, but on few" in said
+    assert "`cross_polytope_half` 1.2500: 18.80 % less, better on 1 of 1 common seeds; ranges apart, but on few" in said
     close = compare(ROWS, "language-2048", "codebooks_half", "dense_half")
     assert "better on 1 of 3 common seeds; ranges overlap: no ranking" in close
-    assert compare(ROWS, "language-2048", "codebooks_half", "dense_full").endswith("not measured.")
+    assert compare(ROWS, "language-2048", "codebooks_half", "dense_full").endswith("not measured on a common seed.")
+
+
+def test_only_common_seeds_are_compared() -> None:
+    """A dense twin that has run on the easy seed alone is no better for it."""
+    rows = [row("codebooks_half", 0, 1.0), row("codebooks_half", 1, 1.2), row("codebooks_half", 2, 1.3),
+            row("dense_half", 0, 0.995)]
+    said = statements(rows, "language-2048")
+    assert said[0].endswith("(`dense_half`, 0.9950) on their common seeds: `codebooks_half` (one seed).")
+    assert said[1].startswith("`codebooks_half` 1.0000 against `dense_half` 0.9950: 0.50 % more, better on 0 of 1")
 
 
 def test_recall_is_better_when_higher() -> None:
@@ -152,14 +161,18 @@ def test_a_killed_study_goes_on_without_doing_a_job_twice(tmp_path: Path) -> Non
     assert psutil.wait_procs(workers, timeout=20)[1] == [], "a worker outlives its study"
     before = (tmp_path / RESULTS).read_text()
     assert 2 <= len(before.splitlines()) < 6, "killed too late to see anything"
-    again = subprocess.run(command(tmp_path), env=ON_CPU, capture_output=True, text=True, timeout=120)
+    shared = [*command(tmp_path), "--jobs-a-gpu", "2"]
+    again = subprocess.run(shared, env=ON_CPU, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
     after = (tmp_path / RESULTS).read_text()
     assert after.startswith(before)
     keys = [(one["variant"], one["seed"]) for one in map(json.loads, after.splitlines())]
     assert sorted(keys) == sorted({(name, seed) for name in ("codebooks_half", "dense_half", "window_half")
                                    for seed in (0, 1)})
-    assert f"{6 - len(before.splitlines())} jobs to run" in again.stdout and "## recall-32" in again.stdout
+    timed, left = len(before.splitlines()), 6 - len(before.splitlines())
+    shown = [json.loads(line)["step_ms"] is not None for line in after.splitlines()]
+    assert shown == [True] * timed + [False] * left, "a shared device's step was timed, or a lone one's was not"
+    assert f"{left} jobs to run on 2 worker(s)" in again.stdout and "## recall-32" in again.stdout
     report = subprocess.run([*command(tmp_path)[:4], "--report"], capture_output=True, text=True, timeout=60)
     assert report.returncode == 0 and "## recall-32" in report.stdout
 

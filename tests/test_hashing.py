@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import DEVICE
 
 from lshv2.hashing import (
     bucket_ids,
     codebook_sums,
     codebook_tables,
     cross_polytope_tables,
+    has_triton,
     parts_for,
     update_codebooks,
 )
 
+# Triton's interpreter multiplies bfloat16 as integers.
+KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 MAKERS = {"cross_polytope": cross_polytope_tables, "codebooks": codebook_tables}
 
 
@@ -112,3 +116,44 @@ def test_hashing_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     whole = bucket_ids(x, tables)
     monkeypatch.setattr("lshv2.hashing.SCORES", 1000)
     assert torch.equal(whole, bucket_ids(x, tables))
+
+
+def clear_winners(x: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
+    """Whether the best direction of each part leads by more than float32 sums may err: bool [B,H,R,T].
+
+    Both ways of hashing round the directions to x's dtype; products are exact in float64.
+    """
+    clear = torch.tensor(True)
+    own = sum(table.shape[-1] for table in tables) == x.shape[-1]  # each part reads its own slice
+    for piece, table in zip(x.chunk(len(tables), dim=-1) if own else [x] * len(tables), tables, strict=True):
+        heads = x.shape[1] // table.shape[0]
+        directions = table.to(x.dtype).double().repeat_interleave(heads, dim=0)  # [H,R,C,Dp]
+        scores = torch.einsum("bhtd,hrcd->bhrtc", piece.double(), directions)
+        if scores.shape[-1] > 1:
+            first, second = scores.topk(2, dim=-1).values.unbind(-1)
+            clear = clear & (first - second > 1e-5 * piece.double().norm(dim=-1)[:, :, None])
+    return clear.expand(x.shape[0], x.shape[1], tables[0].shape[1], x.shape[2])
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(
+    ("n_buckets", "rounds", "groups", "dim"),
+    [(1, 1, 1, 32), (4, 3, 2, 32), (64, 5, 3, 32), (512, 1, 4, 32), (1024, 3, 1, 64), (16_384, 4, 2, 64)],
+)
+def test_the_kernel_finds_the_same_buckets(  # type: ignore[no-untyped-def]
+    make, n_buckets: int, rounds: int, groups: int, dim: int, dtype: torch.dtype
+) -> None:
+    from lshv2.hashing_kernel import bucket_ids_triton, supported
+
+    tables = make(2, rounds, n_buckets, dim, generator())
+    x = torch.randn(2, 130, 2 * groups, dim, generator=generator(1)).to(dtype).transpose(1, 2)  # heads split, T ragged
+    want, clear = bucket_ids(x, tables), clear_winners(x, tables)
+    for laid_out in (x, x.mT.contiguous().mT):
+        on_device = laid_out.to(DEVICE), [table.to(DEVICE) for table in tables]
+        assert supported(*on_device)
+        got = bucket_ids_triton(*on_device).cpu()
+        assert got.dtype == torch.int32 and got.shape == want.shape
+        assert clear.float().mean() > 0.98
+        assert torch.equal(got[clear], want[clear]), f"{(got != want).float().mean().item():.4f} of the ids differ"

@@ -3,6 +3,7 @@
     python -m lshv2.ablation OUT                                  # the whole study, most informative jobs first
     python -m lshv2.ablation OUT --time-limit 560                 # start no job that would end later; again to go on
     python -m lshv2.ablation OUT --tasks language-2048 --variants codebooks_half dense_half --seeds 0 1 --steps 500
+    python -m lshv2.ablation OUT --jobs-a-gpu 2                   # two at once on each GPU, whose steps are not timed
     python -m lshv2.ablation OUT --report                         # ablation.json, .md and .png from the rows there are
 
 Rotary choices, hashes, rounds x bucket size x window, token shift, and dense twins with each of them, on real text and

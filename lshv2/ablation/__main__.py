@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="settings of every job")
     parser.add_argument("--data", type=Path, help="where prepared data lies (default: OUT/data)")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
+    parser.add_argument("--jobs-a-gpu", type=int, choices=range(1, 9), default=1, metavar="N", help=
+                        "small models leave a GPU waiting: more jobs an hour, but no step times when above 1")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report anew")
     arguments = parser.parse_args()
     try:
@@ -55,7 +57,8 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         data = arguments.data or arguments.out / "data"
         data.mkdir(parents=True, exist_ok=True)
-        left = run_pool(tiers, arguments.out, data.resolve(), visible_gpus(), arguments.time_limit)
+        gpus = visible_gpus() * arguments.jobs_a_gpu
+        left = run_pool(tiers, arguments.out, data.resolve(), gpus, arguments.time_limit)
         print(write_report(arguments.out, environment()))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -32,9 +32,10 @@ EVAL_TOKENS = 1 << 15  # a batch of evaluation
 LOOKUPS, QUERIES = 8, 32  # sequences looked into, and queries of each
 
 
-def run_job(job: Job, data: Path) -> dict[str, Any]:
-    """Train and evaluate; needs `material.prepare(data, job)`. Raises FloatingPointError when the loss diverges,
-    RuntimeError where the attention would be too slow to be worth a GPU."""
+def run_job(job: Job, data: Path, alone: bool = True) -> dict[str, Any]:
+    """Train and evaluate; needs `material.prepare(data, job)`. alone: whether nothing else runs on the device, without
+    which `step_ms` is None. Raises FloatingPointError when the loss diverges, RuntimeError where the attention would
+    be too slow to be worth a GPU."""
     began = time.perf_counter()
     device, settings = pick_device(), job.settings()
     material = load(data, job, device)
@@ -54,7 +55,7 @@ def run_job(job: Job, data: Path) -> dict[str, Any]:
         "variant": job.variant, "task": job.task, "seed": job.seed, "steps": trainer.step,
         **(_language if job.task.startswith("language") else _recall)(trainer, material),
         "layers": measure_layers(model, _samples(job, material, device), trainer.autocast),
-        "loss_train": losses, "step_ms": step_ms, "backend": backend,
+        "loss_train": losses, "step_ms": step_ms if alone else None, "backend": backend,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "peak_mb": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,

@@ -1,4 +1,5 @@
-"""Jobs on every GPU at once: one process a GPU (one on a machine without), a finished job is one line of a file.
+"""Jobs on every GPU at once: one process a GPU or several (one on a machine without), a finished job is one line of
+a file.
 
 `results.jsonl` is all the state there is: killed at any moment, a study loses the jobs that were running and no others,
 and goes on from that file, on another machine too. The process that was started is its only writer. A worker that dies
@@ -105,15 +106,16 @@ class _Queue:
 def run_pool(tiers: list[list[Job]], out: Path, data: Path, gpus: list[str | None], time_limit: float) -> int:
     """Run what is not done yet; returns how many jobs are left. Rows go to `out`, prepared data to `data`.
 
-    gpus: a CUDA_VISIBLE_DEVICES for each worker, None for a worker on the CPU. time_limit: no job is started that
-    would not end within so many seconds of the call.
+    gpus: a CUDA_VISIBLE_DEVICES for each worker, None for a worker on the CPU; where one stands twice, step times are
+    not noted. time_limit: no job is started that would not end within so many seconds of the call.
     """
     rows = finished_rows(out)
     check_settings(tiers, rows)
     queue = _Queue(tiers, rows, time.monotonic() + time_limit)
     left = sum(map(len, queue.tiers))
     print(f"{left} jobs to run on {len(gpus)} worker(s), {len(queue.rows)} rows there", flush=True)
-    workers = [_start(gpu, data) for gpu in gpus[:left]]
+    alone = len(set(gpus)) == len(gpus)
+    workers = [_start(gpu, data, alone) for gpu in gpus[:left]]
     _prepare(queue, data)  # while the workers import torch
     try:
         while workers:
@@ -126,7 +128,7 @@ def run_pool(tiers: list[list[Job]], out: Path, data: Path, gpus: list[str | Non
                     worker.pipe.send(worker.job)
             for worker in _answering(workers):
                 if not _collect(worker, queue.rows, out):
-                    workers[workers.index(worker)] = _start(worker.gpu, data)
+                    workers[workers.index(worker)] = _start(worker.gpu, data, alone)
                     _stop(worker)
     finally:
         for worker in workers:
@@ -171,10 +173,10 @@ def _collect(worker: _Worker, rows: list[dict[str, Any]], out: Path) -> bool:
     return True
 
 
-def _start(gpu: str | None, data: Path) -> _Worker:
+def _start(gpu: str | None, data: Path, alone: bool) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, gpu, data), daemon=True)
+    process = context.Process(target=_work, args=(theirs, gpu, data, alone), daemon=True)
     process.start()
     theirs.close()  # else its end would never be seen
     return _Worker(process, ours, gpu)
@@ -188,7 +190,7 @@ def _stop(worker: _Worker) -> None:
     worker.process.join()
 
 
-def _work(pipe: Connection, gpu: str | None, data: Path) -> None:
+def _work(pipe: Connection, gpu: str | None, data: Path, alone: bool) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else gpu
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from lshv2.ablation.job import run_job
@@ -199,7 +201,7 @@ def _work(pipe: Connection, gpu: str | None, data: Path) -> None:
         except EOFError:
             return
         try:
-            answer = run_job(job, data)
+            answer = run_job(job, data, alone)
         except Exception as error:
             import traceback
 

@@ -65,25 +65,31 @@ def best_dense(summary: Summary) -> str | None:
     return next((name for name in summary if VARIANTS[name].attention == "dense"), None)  # they are sorted
 
 
-def compare(rows: Rows, task: str, name: str, other: str) -> str:
-    """One sentence on `name` against `other`, by the figure that ranks."""
+def _common(rows: Rows, task: str, name: str, other: str) -> tuple[list[float], list[float]]:
+    """The ranking figure of both variants by seed, of the seeds that both have: seeds differ more than variants do."""
     column = ranking(task)
-    sides = [
+    ours, theirs = (
         {row["seed"]: row[column] for row in rows if (row["task"], row["variant"]) == (task, which) and column in row}
         for which in (name, other)
-    ]
-    if not all(sides):
-        return f"`{name}` against `{other}`: not measured."
-    ours, theirs = (mean(side.values()) for side in sides)
+    )
+    both = sorted(set(ours) & set(theirs))
+    return [ours[seed] for seed in both], [theirs[seed] for seed in both]
+
+
+def compare(rows: Rows, task: str, name: str, other: str) -> str:
+    """One sentence on `name` against `other`, by the figure that ranks, over the seeds that both have."""
+    sides = _common(rows, task, name, other)
+    if not sides[0]:
+        return f"`{name}` against `{other}`: not measured on a common seed."
+    ours, theirs = map(mean, sides)
     more = task.startswith("recall")
-    apart = min(sides[0].values()) > max(sides[1].values()) or max(sides[0].values()) < min(sides[1].values())
+    apart = min(sides[0]) > max(sides[1]) or max(sides[0]) < min(sides[1])
     how = "more" if ours > theirs else "less"
     size = f"{100 * abs(ours - theirs):.1f} points {how}" if more else f"{100 * abs(ours / theirs - 1):.2f} % {how}"
     size = "the same" if ours == theirs else size
-    both = sorted(set(sides[0]) & set(sides[1]))
-    wins = sum((sides[0][seed] > sides[1][seed]) == more and sides[0][seed] != sides[1][seed] for seed in both)
-    seeds = f"better on {wins} of {len(both)} common seeds"
-    few = min(map(len, sides)) < 3
+    wins = sum((a > b) == more and a != b for a, b in zip(*sides, strict=True))
+    seeds = f"better on {wins} of {len(sides[0])} common seeds"
+    few = len(sides[0]) < 3
     if apart:
         verdict = "ranges apart" + (", but on fewer than three seeds: a lead" if few else "")
     else:
@@ -108,7 +114,7 @@ PAIRS = (
 def statements(rows: Rows, task: str) -> list[str]:
     """The bar, then each question of the study that this task has rows for."""
     summary = summarise(rows, task)
-    said = _bar(summary, task)
+    said = _bar(rows, summary, task)
     dense = best_dense(summary)
     sparse = [name for name in summary if VARIANTS[name].attention == "lsh"]
     if dense and sparse:
@@ -116,27 +122,33 @@ def statements(rows: Rows, task: str) -> list[str]:
     return said + [compare(rows, task, a, b) for a, b in PAIRS if a in summary and b in summary]
 
 
-def _bar(summary: Summary, task: str) -> list[str]:
+def _bar(rows: Rows, summary: Summary, task: str) -> list[str]:
     dense = best_dense(summary)
     sparse = [name for name in summary if VARIANTS[name].attention == "lsh"]
     if task.startswith("recall"):
-        passed = [name for name in sparse if summary[name].get("accuracy_8x_low", 0.0) >= RECALLED]
+        passed = {name: int(summary[name]["seeds"]) for name in sparse
+                  if summary[name].get("accuracy_8x_low", 0.0) >= RECALLED}
         said = [f"At least {RECALLED:.0%} at 8× the training length on every seed: {_names(passed)}."]
         if dense:
             worst = max(row["accuracy_1x_low"] for name, row in summary.items() if VARIANTS[name].attention == "dense")
-            equal = [name for name in sparse if summary[name]["accuracy_1x_low"] >= worst]
+            equal = {name: int(summary[name]["seeds"]) for name in sparse
+                     if summary[name]["accuracy_1x_low"] >= worst}
             said.append(f"At 1× no seed below any seed of the best dense twin there ({worst:.4f}): {_names(equal)}.")
         return said
     if dense is None or not sparse:
         return []
-    limit = (1 + WITHIN) * summary[dense]["bits_per_byte"]
-    passed = [name for name in sparse if summary[name]["bits_per_byte"] <= limit]
+    sides = {name: _common(rows, task, name, dense) for name in sparse}
+    within = {name: len(ours) for name, (ours, theirs) in sides.items()
+              if ours and mean(ours) <= (1 + WITHIN) * mean(theirs)}
     best = summary[dense]["bits_per_byte"]
-    return [f"Mean within {WITHIN:.0%} of the best dense twin (`{dense}`, {best:.4f}): {_names(passed)}."]
+    return [f"Within {WITHIN:.0%} of the best dense twin (`{dense}`, {best:.4f}) on their common seeds: "
+            f"{_names(within)}."]
 
 
-def _names(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
+def _names(seeds: dict[str, int]) -> str:
+    """Variants with how many seeds say so, where those are fewer than three."""
+    few = {1: " (one seed)", 2: " (two seeds)"}
+    return ", ".join(f"`{name}`{few.get(count, '')}" for name, count in seeds.items()) or "none"
 
 
 def table(summary: Summary, task: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import LOG2_E, earlier_rows, found_earlier, precision, tile_for, within
 from lshv2.attention.kernels.tables import NOWHERE, Packing, Tables, document_pointers
+from lshv2.launch import launch
 
 
 @triton.jit
@@ -24,10 +25,10 @@ def _first_query(low, length, rank, M, FROM: tl.constexpr):
     while tl.max(right - left, axis=0) > 0:
         middle = (left + right) // 2
         searching = left < right
-        first = tl.load(low + middle, mask=searching, other=0)
-        count = tl.load(length + middle, mask=searching, other=0)
-        past = first >= rank if FROM else first + count > rank
-        past |= count == 0  # empty spans are sorted last
+        edge = tl.load(low + middle, mask=searching, other=0)
+        if not FROM:
+            edge += tl.load(length + middle, mask=searching, other=0) - 1
+        past = edge >= rank
         left = tl.where(searching & (past == 0), middle + 1, left)
         right = tl.where(searching & past, middle, right)
     return left
@@ -62,8 +63,8 @@ def _gradients(k_tile, v_tile, q_tile, grad_tile, seen, lse, delta, dk, dv, scal
 def _far_keys(
     q, k, v, grad, lse, delta, dk_part, dv_part, order, queries, low, length, ranks, lows, stretches, scale,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, T, Tp, Mp, n_kv, groups, bucket_size,
-    first_round, G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr,
+    first_round, G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):
     n, r = tl.program_id(1).to(tl.int64), first_round + tl.program_id(2)
     place = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -147,11 +148,10 @@ def _local_keys(
     if SINKS:
         number = s - start
         sink = here & (number < n_global)[:, None]
-        for i in range(G):
-            row = ((b * n_kv * G + g * G + i) * n_documents + own) * n_global + number
-            rows = sinks + row[:, None] * 2 * D + d[None, :]
-            acc_k += tl.load(rows, mask=sink, other=0.0)
-            acc_v += tl.load(rows + D, mask=sink, other=0.0)
+        share = ((b * n_kv + g) * n_documents + own) * n_global + number
+        received = sinks + share[:, None] * 2 * D + d[None, :]
+        acc_k += tl.load(received, mask=sink, other=0.0)
+        acc_v += tl.load(received + D, mask=sink, other=0.0)
     tl.store(dk + b * sxb + g * sxh + s64 * sxt + d[None, :], acc_k.to(dk.dtype.element_ty), mask=here)
     tl.store(dv + b * syb + g * syh + s64 * syt + d[None, :], acc_v.to(dv.dtype.element_ty), mask=here)
 
@@ -166,13 +166,15 @@ def far_keys(
     tile = tile_for("far_keys", dim, k.dtype)
     tiles = triton.cdiv(length, tile.own)
     stretches = tables.low.new_empty(groups, rounds, tiles, 2)
-    _stretches[(triton.cdiv(tiles, 32), groups * rounds)](
+    launch(
+        _stretches, (triton.cdiv(tiles, 32), groups * rounds, 1),
         tables.low, tables.length, stretches, length, heads * length, tall, OWN=tile.own, BLOCK=32, num_warps=1
     )
-    dk_part, dv_part = (k.new_empty(rounds, groups, length, dim) for _ in range(2))
+    dk_part, dv_part = k.new_empty(2, rounds, groups, length, dim).unbind()
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
-        _far_keys[(tiles, groups, count)](
+        launch(
+            _far_keys, (tiles, groups, count),
             q, k, v, grad, lse, delta, dk_part, dv_part, tables.order, tables.queries, tables.low, tables.length,
             tables.ranks, tables.lows, stretches, dim**-0.5 * LOG2_E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
@@ -192,7 +194,8 @@ def local_keys(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     documents, n_global = (0, 0) if sinks is None else sinks.shape[2:4]
     tile = tile_for("local_keys", dim, k.dtype)
-    _local_keys[(triton.cdiv(length, tile.own), n_kv, batch)](
+    launch(
+        _local_keys, (triton.cdiv(length, tile.own), n_kv, batch),
         q, k, v, grad, lse, delta, *(parts or (k, k)), lse if sinks is None else sinks, dk, dv,
         *document_pointers(packing, lse), dim**-0.5, dim**-0.5 * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],

@@ -2,8 +2,8 @@
 
 Same walk as the forward. Weights are rebuilt from the merged log-sum-exp, so that the bucket rounds and the local part
 are the softmax's true shares: with P = exp(logits - lse), dS = P (dO·V - delta), dq = scale · Σ dS k. Each round leaves
-its share of dq as a partial sum; `local_queries` adds its own and the rounds'. Sinks are seen from everywhere: each tile
-of queries leaves its contribution to them, and `sum_sinks` adds those up in a fixed order.
+its share of dq as a partial sum; `local_queries` adds its own and the rounds'. Sinks are seen from everywhere: each
+tile of queries leaves its contribution to them, and `_sum_sinks` adds those up in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor
 from lshv2.attention.kernels.common import LOG2_E, earlier_rows, found_earlier, precision, tile_for, within
 from lshv2.attention.kernels.forward import sink_block
 from lshv2.attention.kernels.tables import NOWHERE, Packing, Tables, document_pointers
+from lshv2.launch import launch
 
 
 @triton.jit
 def _delta(out, grad, delta, sob, soh, sot, sgb, sgh, sgt, T, n_heads, D: tl.constexpr, BLOCK: tl.constexpr):
     """delta = Σ_d dO·O, [B,H,T]."""
-    t, h, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
     inside = t < T
     t64 = t.to(tl.int64)[:, None]
@@ -43,8 +45,8 @@ def _share(q_tile, k_tile, v_tile, grad_tile, seen, lse, delta, scale, PRECISION
 def _far_queries(
     q, k, v, grad, lse, delta, part, sorted_lse, sorted_delta, order, queries, low, length, ranks, lows, scale,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, T, Tp, M, Mp, n_kv, groups, bucket_size,
-    first_round, G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr,
+    first_round, G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):
     n, r = tl.program_id(1).to(tl.int64), first_round + tl.program_id(2)
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -54,7 +56,7 @@ def _far_queries(
     first = tl.load(low + row)
     count = tl.load(length + row)
     busy = count > 0
-    last = busy & (tl.load(low + row + 1) > first + count + OTHER)  # as in the forward
+    last = tl.load(low + row + 1) > first + count + OTHER  # as in the forward
     pair = (r * (r - 1) // 2).to(tl.int64) * groups + n
     ranks += pair * Tp
     before = earlier_rows(lows + pair * Mp, groups * Mp, i, r, NOWHERE, EARLIER, MIXED)
@@ -135,10 +137,11 @@ def _local_queries(
         _, share = _share(q_tile, k_tile, v_tile, grad_tile, seen, lse_tile, delta_tile, logit_scale, PRECISION)
         acc = tl.dot(share.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
     if SINKS > 0:
-        sink_part += (b * n_heads + h) * n_slots * n_global * 2 * D  # (tile, document) pairs ascend: their sum numbers them
+        # pairs of tile and document ascend together, so that their sum numbers them
+        sink_part += (b * n_heads + h) * n_slots * n_global * 2 * D
         for c in range(first, last + 1):
             begin = tl.load(starts + c) if DOCUMENTS else 0
-            for j in range(0, n_global, SINKS):
+            for j in tl.range(0, n_global, SINKS, num_stages=1):  # mostly a single step
                 number = j + tl.arange(0, SINKS)
                 s = begin + number
                 there = (number < n_global) & (s < T)
@@ -164,15 +167,12 @@ def _local_queries(
 
 @triton.jit
 def _sum_sinks(
-    sink_part, sinks, starts, T, n_slots, n_global, DOCUMENTS: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sink_part, sinks, starts, n_slots, n_global, WIDTH: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """What the tiles left for each document's sinks: [B,H,slots,n_global,2D] -> [B,H,documents,n_global,2D]."""
     document, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, WIDTH)
-    begin, end = 0, T
-    if DOCUMENTS:
-        begin, end = tl.load(starts + document), tl.load(starts + document + 1)
+    begin, end = tl.load(starts + document), tl.load(starts + document + 1)
     end = tl.where(end > begin, tl.cdiv(end, OWN), 0)
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
     rows = sink_part + (head * n_slots * n_global + number) * WIDTH
@@ -192,11 +192,12 @@ def far_queries(
     groups, rounds, tall = tables.queries.shape
     heads = q.shape[1] // k.shape[1]
     part = q.new_empty(rounds, groups, heads, length, dim)
-    sorted_lse, sorted_delta = (lse.new_empty(groups, rounds, tall) for _ in range(2))
+    sorted_lse, sorted_delta = lse.new_empty(2, groups, rounds, tall).unbind()
     tile = tile_for("far_queries", dim, q.dtype)
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
-        _far_queries[(triton.cdiv(tall, tile.own), groups, count)](
+        launch(
+            _far_queries, (triton.cdiv(tall, tile.own), groups, count),
             q, k, v, grad, lse, delta, part, sorted_lse, sorted_delta, tables.order, tables.queries, tables.low,
             tables.length, tables.ranks, tables.lows, dim**-0.5 * LOG2_E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
@@ -211,7 +212,8 @@ def row_products(out: Tensor, grad: Tensor) -> Tensor:
     """delta = Σ_d dO·O of out and grad [B,H,T,D] -> float32 [B,H,T]."""
     batch, n_heads, length, dim = out.shape
     delta = out.new_empty(batch, n_heads, length, dtype=torch.float32)
-    _delta[(triton.cdiv(length, 64), n_heads, batch)](
+    launch(
+        _delta, (triton.cdiv(length, 64), n_heads, batch),
         out, grad, delta, *out.stride()[:3], *grad.stride()[:3], length, n_heads, D=dim, BLOCK=64
     )
     return delta
@@ -221,16 +223,16 @@ def local_queries(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, part: Tensor | None,
     packing: Packing | None, window: int, n_global: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """dq [B,H,T,D] and, with sinks, the shares of their dk and dv, float32 [B,H,documents,n_global,2,D]."""
+    """dq [B,H,T,D] and, with sinks, their dk and dv as float32 [B,K,documents,n_global,2,D]."""
     batch, n_heads, length, dim = q.shape
     n_kv = k.shape[1]
     dq = torch.empty_like(q)
     tile = tile_for("local_queries", dim, q.dtype)
     tiles = triton.cdiv(length, tile.own)
-    documents = 1 if packing is None else packing.bounds.shape[0] - 1
-    slots = tiles + documents
+    slots = tiles + (0 if packing is None else packing.bounds.shape[0] - 1)
     sink_part = lse.new_empty(batch, n_heads, slots, n_global, 2, dim)
-    _local_queries[(tiles, n_heads, batch)](
+    launch(
+        _local_queries, (tiles, n_heads, batch),
         q, k, v, grad, lse, delta, q if part is None else part, dq, sink_part,
         *document_pointers(packing, lse), dim**-0.5, dim**-0.5 * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *dq.stride()[:3],
@@ -240,9 +242,12 @@ def local_queries(
     )
     if not n_global:
         return dq, None
+    if packing is None:
+        return dq, sink_part.view(batch, n_kv, -1, 1, n_global, 2, dim).sum(2)
+    documents = packing.bounds.shape[0] - 1
     sinks = lse.new_empty(batch, n_heads, documents, n_global, 2, dim)
-    _sum_sinks[(documents, n_global, batch * n_heads)](
-        sink_part, sinks, document_pointers(packing, sinks)[1], length, slots, n_global,
-        DOCUMENTS=packing is not None, WIDTH=2 * dim, OWN=tile.own, BLOCK=64, num_warps=8,
+    launch(
+        _sum_sinks, (documents, n_global, batch * n_heads),
+        sink_part, sinks, packing.bounds, slots, n_global, WIDTH=2 * dim, OWN=tile.own, BLOCK=64, num_warps=8,
     )
-    return dq, sinks
+    return dq, sinks.unflatten(1, (n_kv, -1)).sum(2)

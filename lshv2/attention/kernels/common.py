@@ -35,7 +35,7 @@ class Tile:
 
 
 TILES: dict[str, Tile] = {
-    "far_forward": Tile(64, 32, 4, 4, 128),
+    "far_forward": Tile(64, 32, 4, 3, 96),
     "local_forward": Tile(64, 64, 4, 3, 128),
     "far_queries": Tile(64, 32, 4, 3, 128),
     "local_queries": Tile(64, 32, 4, 3),
@@ -61,7 +61,7 @@ def precision(dtype: torch.dtype) -> str:
 @triton.jit
 def within(distance, length):
     """0 <= distance < length in one comparison: as an unsigned number, a negative distance is a large one."""
-    return distance.to(tl.uint32, bitcast=True) < length.to(tl.uint32, bitcast=True)
+    return distance.to(tl.uint32, bitcast=True) < length
 
 
 @triton.jit
@@ -84,10 +84,7 @@ def earlier_rows(table, stride, place, current, MISSING: tl.constexpr, EARLIER: 
 def found_earlier(ranks, lows, bucket_size, EARLIER: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Which keys some earlier round found, from tuples of padded ranks and lows: [Q,S], or [S,Q] with KEYS_FIRST."""
     for e in tl.static_range(EARLIER):
-        if KEYS_FIRST:
-            distance = ranks[e][:, None] - lows[e][None, :]
-        else:
-            distance = ranks[e][None, :] - lows[e][:, None]
+        distance = ranks[e][:, None] - lows[e][None, :] if KEYS_FIRST else ranks[e][None, :] - lows[e][:, None]
         distance = distance.to(tl.uint32, bitcast=True)
         nearest = distance if e == 0 else tl.minimum(nearest, distance)  # noqa: F821
     return nearest < bucket_size

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import LOG2_E, earlier_rows, found_earlier, precision, tile_for, within
 from lshv2.attention.kernels.tables import NOWHERE, Packing, Tables, document_pointers
+from lshv2.launch import launch
 
 
 @triton.jit
@@ -34,8 +35,8 @@ def _attend(q_tile, k_tile, v_tile, seen, peak, total, acc, scale, PRECISION: tl
 def _far_forward(
     q, k, v, part, part_lse, order, queries, low, length, ranks, lows, scale,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, T, Tp, M, Mp, n_kv, groups, bucket_size, first_round,
-    G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):
     n, r = tl.program_id(1).to(tl.int64), first_round + tl.program_id(2)
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -46,7 +47,7 @@ def _far_forward(
     count = tl.load(length + row)
     busy = count > 0
     # a stretch of keys ends where the next query's span begins further on; ranks that nobody sees are stepped over
-    last = busy & (tl.load(low + row + 1) > first + count + OTHER)
+    last = tl.load(low + row + 1) > first + count + OTHER
     pair = (r * (r - 1) // 2).to(tl.int64) * groups + n
     ranks += pair * Tp
     before = earlier_rows(lows + pair * Mp, groups * Mp, i, r, NOWHERE, EARLIER, MIXED)
@@ -124,7 +125,7 @@ def _local_forward(
     if SINKS > 0:
         for c in range(first, last + 1):
             begin = tl.load(starts + c) if DOCUMENTS else 0
-            for j in range(0, n_global, SINKS):
+            for j in tl.range(0, n_global, SINKS, num_stages=1):  # mostly a single step
                 s = begin + j + tl.arange(0, SINKS)
                 there = (s < begin + n_global) & (s < T)
                 k_tile = tl.load(k + s.to(tl.int64)[None, :] * skt + d[:, None], mask=there[None, :], other=0.0)
@@ -162,7 +163,8 @@ def far_forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, per_launch: int
     tile = tile_for("far_forward", dim, q.dtype)
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
-        _far_forward[(triton.cdiv(queries, tile.own), groups, count)](
+        launch(
+            _far_forward, (triton.cdiv(queries, tile.own), groups, count),
             q, k, v, part, part_lse, tables.order, tables.queries, tables.low, tables.length, tables.ranks, tables.lows,
             dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             length, tables.order.shape[2], queries, tall, k.shape[1], groups, tables.bucket_size, first,
@@ -181,7 +183,8 @@ def local_forward(
     out = q.new_empty(batch, length, n_heads, dim).transpose(1, 2)  # so that joining the heads again costs nothing
     lse = q.new_empty(batch, n_heads, length, dtype=torch.float32)
     tile = tile_for("local_forward", dim, q.dtype)
-    _local_forward[(triton.cdiv(length, tile.own), n_heads, batch)](
+    launch(
+        _local_forward, (triton.cdiv(length, tile.own), n_heads, batch),
         q, k, v, q if part is None else part, lse if part_lse is None else part_lse, out, lse,
         *document_pointers(packing, lse), dim**-0.5 * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
