@@ -53,12 +53,14 @@ def machine() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """`commit` and `dirty` of the checkout that runs; outside a git checkout `$LSHV2_COMMIT`, if given, and None."""
+    """`commit` and `dirty`: `$LSHV2_COMMIT` where given (a copy without its history), else the checkout that runs."""
+    if given := os.environ.get("LSHV2_COMMIT"):
+        return {"commit": given, "dirty": None}
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": os.environ.get("LSHV2_COMMIT"), "dirty": None}
+        return {"commit": None, "dirty": None}
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -67,6 +68,18 @@ def test_equals_the_oracle_on_adversarial_buckets(
         tensors = draw(2, 1, 4, 2, 700, 16, 3, 8, dtype=best_dtype(backend))
     spoil(tensors[4], tensors[5])
     assert_is_the_oracle(backend, tensors, n_buckets=8, bucket_size=bucket_size, window=16, n_global=2)
+
+
+@pytest.mark.skipif("triton" not in FAST, reason="Triton is not installed")
+@pytest.mark.parametrize("spoil", ADVERSARIES, ids=lambda f: f.__name__)
+def test_keys_that_many_queries_see_are_shared_out(
+    spoil: Callable[[Tensor, Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of queries that lie inside a stretch have programs of their own: here blocks of 32, usually 8,192."""
+    monkeypatch.setattr(importlib.import_module("lshv2.attention.kernels.far_keys"), "BULK", 32)
+    tensors = draw(15, 1, 3, 1, 170, 16, 2, 8, dtype=torch.float32)
+    spoil(tensors[4], tensors[5])
+    assert_is_the_oracle("triton", tensors, n_buckets=8, bucket_size=70, window=16, n_global=2)
 
 
 @pytest.mark.parametrize("backend", sorted({"reference", *FAST}))

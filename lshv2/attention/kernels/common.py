@@ -88,3 +88,15 @@ def found_earlier(ranks, lows, bucket_size, EARLIER: tl.constexpr, KEYS_FIRST: t
         distance = distance.to(tl.uint32, bitcast=True)
         nearest = distance if e == 0 else tl.minimum(nearest, distance)  # noqa: F821
     return nearest < bucket_size
+
+
+@triton.jit
+def add_gradients(k_tile, v_tile, q_tile, grad_tile, seen, lse, delta, dk, dv, scale, PRECISION: tl.constexpr):
+    """Add a tile of queries' shares: k, v [S,D], q, grad [Q,D], seen [S,Q], lse, delta [Q]; dk, dv [S,D] float32."""
+    logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+    weights = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)
+    dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
+    dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+    share = weights * (dweights - delta[None, :])
+    dk = tl.dot(share.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv

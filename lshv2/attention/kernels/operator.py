@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lshv2.attention.kernels.backward_keys import far_keys, local_keys
 from lshv2.attention.kernels.backward_queries import far_queries, local_queries, row_products
+from lshv2.attention.kernels.far_keys import far_keys
 from lshv2.attention.kernels.forward import far_forward, local_forward
+from lshv2.attention.kernels.local_keys import local_keys
 from lshv2.attention.kernels.tables import Packing, Tables, build_tables
 from lshv2.profiling import region
 
