@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lshv2.launch import launch
+from lshv2.launch import cdiv, launch, power_of_two
 
 BLOCK = 64  # tokens a program
 SCORES = 64  # directions a product, of one round or several
@@ -79,17 +79,18 @@ def bucket_ids_triton(x: Tensor, tables: list[Tensor]) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     sizes = [tables[0].shape[2], tables[-1].shape[2]]
-    columns = [max(16, triton.next_power_of_2(size)) for size in sizes]
-    at_once = min(triton.next_power_of_2(rounds), max(1, SCORES // max(columns)))
+    columns = [max(16, power_of_two(size)) for size in sizes]
+    at_once = min(power_of_two(rounds), max(1, SCORES // max(columns)))
     ids = torch.empty(batch, n_heads, rounds, length, dtype=torch.int32, device=x.device)
     if not rounds:
         return ids
     # parts read their own slice of the vector, or all of it
     offset = dim if len(tables) * dim == x.shape[-1] else 0
     launch(
-        _bucket_ids, (triton.cdiv(length, BLOCK), n_heads, batch),
-        x, tables[0].contiguous(), tables[-1].contiguous(), ids, *x.stride()[:3], length, n_heads, n_heads // n_kv,
-        rounds, offset, PARTS=len(tables), SIZE0=sizes[0], SIZE1=sizes[1], COLUMNS0=columns[0], COLUMNS1=columns[1],
+        _bucket_ids, (cdiv(length, BLOCK), n_heads, batch),
+        (x, tables[0].contiguous(), tables[-1].contiguous(), ids),
+        (*x.stride()[:3], length, n_heads, n_heads // n_kv, rounds, offset),
+        PARTS=len(tables), SIZE0=sizes[0], SIZE1=sizes[1], COLUMNS0=columns[0], COLUMNS1=columns[1],
         ROUNDS=at_once, DIM=dim, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )
     return ids

@@ -11,29 +11,40 @@ from torch import Tensor
 _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options), with less of the host's time for a call seen before.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own takes microseconds on the host."""
+    return -(-a // b)
 
-    Triton's own launcher looks at every argument anew to choose a specialisation; here equal integers, dtypes and
-    alignments lead to the compiled kernel directly. Runtime arguments come first, in order; options are the constexprs
-    and launch choices. Triton's launch hooks see the first call only.
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is no less than n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **options: Any
+) -> None:
+    """kernel[grid](*tensors, *numbers, **options), with less of the host's time for a call seen before.
+
+    Triton's own launcher looks at every argument anew to choose a specialisation; here equal numbers, dtypes and
+    alignments lead to the compiled kernel directly. options: the constexprs and launch choices. Triton's launch hooks
+    see the first call only.
     """
-    device = args[0].device
+    device = tensors[0].device
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
-        kernel[grid](*args, **options)
+        kernel[grid](*tensors, *numbers, **options)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, *args, **options)
-    key = (id(kernel), device.index, *options.values(),
-           *[(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args])
+            return launch(kernel, grid, tensors, numbers, **options)
+    key = (id(kernel), device.index, numbers, *options.values(), *[x.dtype for x in tensors],
+           *[x.data_ptr() & 15 for x in tensors])
     known = _compiled.get(key)
     if known is None:
-        compiled = kernel[grid](*args, **options)
-        _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args):])
-    else:
-        compiled, constants = known
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
-        )
+        compiled = kernel[grid](*tensors, *numbers, **options)
+        count = len(tensors) + len(numbers)
+        _compiled[key] = compiled, (*numbers, *[options[name] for name in kernel.arg_names[count:]])
+        return
+    compiled, rest = known
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *tensors, *rest)

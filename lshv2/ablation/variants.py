@@ -90,20 +90,19 @@ VARIANTS: dict[str, Variant] = {
     "dense_no_shift": _dense(0.5, special="no_shift"),
 }
 
-_CORE = ("codebooks_half", "dense_full", "dense_half", "cross_polytope_half", "centred_half")
+_CORE = ("codebooks_half", "dense_full", "dense_half", "cross_polytope_half", "centred_half", "codebooks_centred_half",
+         "window_half")
 # The most informative comparison first, for all seeds, before the next begins.
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
     ("recall-256", (*_CORE, "codebooks_content", "codebooks_quarter", "codebooks_mix_half", "codebooks_mix_full",
                     "codebooks_few_buckets", "dense_quarter", "dense_content")),
-    ("language-8192", ("codebooks_half", "dense_full", "dense_half")),
+    ("language-8192", ("codebooks_half", "dense_full", "dense_half", "codebooks_centred_half")),
     ("language-2048", ("codebooks_full", "codebooks_quarter", "codebooks_mix_full", "codebooks_no_shift",
-                       "dense_quarter", "dense_mix_full", "dense_no_shift", "window_half")),
-    ("language-2048", ("codebooks_r2_w128", "codebooks_r8_w32", "codebooks_r3_w128_window128",
-                       "codebooks_centred_half")),
-    ("recall-256", ("window_half", "codebooks_full", "codebooks_two_way_half", "codebooks_two_way_content",
-                    "codebooks_no_shift", "codebooks_centred_half", "cross_polytope_few_buckets", "dense_mix_full",
-                    "dense_mix_half", "dense_no_shift")),
+                       "dense_quarter", "dense_mix_full", "dense_no_shift")),
+    ("language-2048", ("codebooks_r2_w128", "codebooks_r8_w32", "codebooks_r3_w128_window128")),
+    ("recall-256", ("codebooks_full", "codebooks_two_way_half", "codebooks_two_way_content", "codebooks_no_shift",
+                    "cross_polytope_few_buckets", "dense_mix_full", "dense_mix_half", "dense_no_shift")),
     ("language-8192", ("cross_polytope_half", "centred_half", "dense_quarter", "window_half")),
     ("language-2048", ("codebooks_two_way_half", "codebooks_two_way_content", "dense_two_way_half")),
     ("language-2048", ("codebooks_content", "codebooks_mix_half", "dense_content", "dense_mix_half")),

@@ -66,13 +66,18 @@ def line(row: dict[str, Any]) -> str:
     return f"{head}  {', '.join(times)} ms" + (f": {dense[1] / slower:.2f} ×" if dense and slower else "")
 
 
+def _command(arguments: list[str]) -> str:
+    """The command line, with the names of files alone: where they lay is the machine's business."""
+    return " ".join(["python -m lshv2.benchmark.attention", *(Path(x).name if "/" in x else x for x in arguments)])
+
+
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     began = time.monotonic()
     bench = Bench(options.lengths, options.dtype, options.samples, options.limit_ms, options.seed, options.quick)
     content: dict[str, Any] = {
         "schema": 2, "state": "running", "device": device_name(bench.device), "dtype": options.dtype,
-        "environment": environment(), "command": " ".join(["python -m lshv2.benchmark.attention", *arguments]),
+        "environment": environment(), "command": _command(arguments),
         "shape": {name.lower(): getattr(shapes, name) for name in (
             "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "N_ROUNDS", "BUCKET_SIZE", "WINDOW", "N_GLOBAL")},
         "seed": options.seed, "samples": asdict(bench.limits), "limit_ms": options.limit_ms, "rows": [], "left_out": [],

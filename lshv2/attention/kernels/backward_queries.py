@@ -16,7 +16,7 @@ from torch import Tensor
 from lshv2.attention.kernels.common import LOG2_E, earlier_rows, found_earlier, precision, tile_for, within
 from lshv2.attention.kernels.forward import sink_block
 from lshv2.attention.kernels.tables import NOWHERE, Packing, Tables, document_pointers
-from lshv2.launch import launch
+from lshv2.launch import cdiv, launch
 
 
 @triton.jit
@@ -197,11 +197,11 @@ def far_queries(
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
         launch(
-            _far_queries, (triton.cdiv(tall, tile.own), groups, count),
-            q, k, v, grad, lse, delta, part, sorted_lse, sorted_delta, tables.order, tables.queries, tables.low,
-            tables.length, tables.ranks, tables.lows, dim**-0.5 * LOG2_E,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
-            length, tables.order.shape[2], heads * length, tall, k.shape[1], groups, tables.bucket_size, first,
+            _far_queries, (cdiv(tall, tile.own), groups, count),
+            (q, k, v, grad, lse, delta, part, sorted_lse, sorted_delta, tables.order, tables.queries, tables.low,
+             tables.length, tables.ranks, tables.lows),
+            (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
+             length, tables.order.shape[2], heads * length, tall, k.shape[1], groups, tables.bucket_size, first),
             G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(q.dtype),
             **tile.launch(),
         )
@@ -213,8 +213,8 @@ def row_products(out: Tensor, grad: Tensor) -> Tensor:
     batch, n_heads, length, dim = out.shape
     delta = out.new_empty(batch, n_heads, length, dtype=torch.float32)
     launch(
-        _delta, (triton.cdiv(length, 64), n_heads, batch),
-        out, grad, delta, *out.stride()[:3], *grad.stride()[:3], length, n_heads, D=dim, BLOCK=64
+        _delta, (cdiv(length, 64), n_heads, batch),
+        (out, grad, delta), (*out.stride()[:3], *grad.stride()[:3], length, n_heads), D=dim, BLOCK=64
     )
     return delta
 
@@ -228,15 +228,14 @@ def local_queries(
     n_kv = k.shape[1]
     dq = torch.empty_like(q)
     tile = tile_for("local_queries", dim, q.dtype)
-    tiles = triton.cdiv(length, tile.own)
+    tiles = cdiv(length, tile.own)
     slots = tiles + (0 if packing is None else packing.bounds.shape[0] - 1)
     sink_part = lse.new_empty(batch, n_heads, slots, n_global, 2, dim)
     launch(
         _local_queries, (tiles, n_heads, batch),
-        q, k, v, grad, lse, delta, q if part is None else part, dq, sink_part,
-        *document_pointers(packing, lse), dim**-0.5, dim**-0.5 * LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *dq.stride()[:3],
-        length, n_heads, window, n_global, slots, lse.numel(),
+        (q, k, v, grad, lse, delta, q if part is None else part, dq, sink_part, *document_pointers(packing, lse)),
+        (dim**-0.5, dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
+         *dq.stride()[:3], length, n_heads, window, n_global, slots, lse.numel()),
         G=n_heads // n_kv, R=0 if part is None else part.shape[0], D=dim, SINKS=sink_block(n_global),
         DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(q.dtype), **tile.launch(),
     )
@@ -248,6 +247,6 @@ def local_queries(
     sinks = lse.new_empty(batch, n_heads, documents, n_global, 2, dim)
     launch(
         _sum_sinks, (documents, n_global, batch * n_heads),
-        sink_part, sinks, packing.bounds, slots, n_global, WIDTH=2 * dim, OWN=tile.own, BLOCK=64, num_warps=8,
+        (sink_part, sinks, packing.bounds), (slots, n_global), WIDTH=2 * dim, OWN=tile.own, BLOCK=64, num_warps=8,
     )
     return dq, sinks.unflatten(1, (n_kv, -1)).sum(2)

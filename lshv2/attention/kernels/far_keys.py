@@ -23,7 +23,7 @@ from lshv2.attention.kernels.common import (
     within,
 )
 from lshv2.attention.kernels.tables import NOWHERE, Tables
-from lshv2.launch import launch
+from lshv2.launch import cdiv, launch
 
 BULK = 8192  # queries
 
@@ -179,34 +179,33 @@ def far_keys(
     groups, rounds, tall = tables.queries.shape
     heads = q.shape[1] // n_kv
     tile = tile_for("far_keys", dim, k.dtype)
-    tiles = triton.cdiv(length, tile.own)
+    tiles = cdiv(length, tile.own)
     stretches = tables.low.new_empty(groups, rounds, tiles, 2)
     launch(
-        _stretches, (triton.cdiv(tiles, 32), groups * rounds, 1),
-        tables.low, tables.length, stretches, length, heads * length, tall, OWN=tile.own, BLOCK=32, num_warps=1
+        _stretches, (cdiv(tiles, 32), groups * rounds, 1),
+        (tables.low, tables.length, stretches), (length, heads * length, tall), OWN=tile.own, BLOCK=32, num_warps=1
     )
     dk_part, dv_part = k.new_empty(2, rounds, groups, length, dim).unbind()
     # short inputs have no stretch worth a program more
     bulk_size = BULK if heads * length >= 4 * BULK else 0
-    depth = triton.cdiv(tables.bucket_size, tile.own) + 1
+    depth = cdiv(tables.bucket_size, tile.own) + 1
     slots = heads * length // BULK * depth if bulk_size else 0
     bulk = lse.new_empty(rounds, groups, slots, 2, tile.own, dim)
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
         launch(
             _far_keys, (tiles + slots, groups, count),
-            q, k, v, grad, lse, delta, dk_part, dv_part, bulk if slots else lse,
-            tables.order, tables.queries, tables.low, tables.length,
-            tables.ranks, tables.lows, stretches, dim**-0.5 * LOG2_E,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
-            length, tables.order.shape[2], tall, n_kv, groups, tiles, depth, tables.bucket_size, first,
+            (q, k, v, grad, lse, delta, dk_part, dv_part, bulk if slots else lse, tables.order, tables.queries,
+             tables.low, tables.length, tables.ranks, tables.lows, stretches),
+            (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
+             length, tables.order.shape[2], tall, n_kv, groups, tiles, depth, tables.bucket_size, first),
             G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(k.dtype),
             BULK=bulk_size, **tile.launch(),
         )
     if slots:
         launch(
             _add_bulk, (tiles, groups, rounds),
-            bulk, dk_part, dv_part, tables.order, stretches, length, tables.order.shape[2], groups, slots, depth,
+            (bulk, dk_part, dv_part, tables.order, stretches), (length, tables.order.shape[2], groups, slots, depth),
             R=rounds, D=dim, BULK=bulk_size, OWN=tile.own,
         )
     return dk_part, dv_part

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import LOG2_E, earlier_rows, found_earlier, precision, tile_for, within
 from lshv2.attention.kernels.tables import NOWHERE, Packing, Tables, document_pointers
-from lshv2.launch import launch
+from lshv2.launch import cdiv, launch, power_of_two
 
 
 @triton.jit
@@ -164,10 +164,11 @@ def far_forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, per_launch: int
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
         launch(
-            _far_forward, (triton.cdiv(queries, tile.own), groups, count),
-            q, k, v, part, part_lse, tables.order, tables.queries, tables.low, tables.length, tables.ranks, tables.lows,
-            dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            length, tables.order.shape[2], queries, tall, k.shape[1], groups, tables.bucket_size, first,
+            _far_forward, (cdiv(queries, tile.own), groups, count),
+            (q, k, v, part, part_lse, tables.order, tables.queries, tables.low, tables.length, tables.ranks,
+             tables.lows),
+            (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+             length, tables.order.shape[2], queries, tall, k.shape[1], groups, tables.bucket_size, first),
             G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(q.dtype),
             **tile.launch(),
         )
@@ -184,11 +185,11 @@ def local_forward(
     lse = q.new_empty(batch, n_heads, length, dtype=torch.float32)
     tile = tile_for("local_forward", dim, q.dtype)
     launch(
-        _local_forward, (triton.cdiv(length, tile.own), n_heads, batch),
-        q, k, v, q if part is None else part, lse if part_lse is None else part_lse, out, lse,
-        *document_pointers(packing, lse), dim**-0.5 * LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        length, n_heads, window, n_global, lse.numel(),
+        _local_forward, (cdiv(length, tile.own), n_heads, batch),
+        (q, k, v, q if part is None else part, lse if part_lse is None else part_lse, out, lse,
+         *document_pointers(packing, lse)),
+        (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+         length, n_heads, window, n_global, lse.numel()),
         G=n_heads // k.shape[1], R=0 if part is None else part.shape[0], D=dim, SINKS=sink_block(n_global),
         DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(q.dtype), **tile.launch(),
     )
@@ -197,4 +198,4 @@ def local_forward(
 
 def sink_block(n_global: int) -> int:
     """Sinks read at a time: 16 is the least that a matrix product takes."""
-    return min(64, max(16, triton.next_power_of_2(n_global))) if n_global else 0
+    return min(64, max(16, power_of_two(n_global))) if n_global else 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import LOG2_E, add_gradients, precision, tile_for, within
 from lshv2.attention.kernels.tables import Packing, document_pointers
-from lshv2.launch import launch
+from lshv2.launch import cdiv, launch
 
 
 @triton.jit
@@ -78,11 +78,11 @@ def local_keys(
     documents, n_global = (0, 0) if sinks is None else sinks.shape[2:4]
     tile = tile_for("local_keys", dim, k.dtype)
     launch(
-        _local_keys, (triton.cdiv(length, tile.own), n_kv, batch),
-        q, k, v, grad, lse, delta, *(parts or (k, k)), lse if sinks is None else sinks, dk, dv,
-        *document_pointers(packing, lse), dim**-0.5, dim**-0.5 * LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        length, n_kv, window, n_global, documents, batch * n_kv * length,
+        _local_keys, (cdiv(length, tile.own), n_kv, batch),
+        (q, k, v, grad, lse, delta, *(parts or (k, k)), lse if sinks is None else sinks, dk, dv,
+         *document_pointers(packing, lse)),
+        (dim**-0.5, dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
+         *dk.stride()[:3], *dv.stride()[:3], length, n_kv, window, n_global, documents, batch * n_kv * length),
         G=q.shape[1] // n_kv, R=parts[0].shape[0] if parts else 0, D=dim, SINKS=sinks is not None,
         DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(k.dtype), **tile.launch(),
     )

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lshv2.launch import launch
+from lshv2.launch import cdiv, launch
 
 BLOCK = 256
 PAD = 128  # rows are padded to a multiple of this, and by at least this: no tile is larger
@@ -52,7 +52,7 @@ class Tables:
 
 def padded_sizes(length: int, queries: int) -> tuple[int, int]:
     """Tp and Mp of T and M."""
-    return triton.cdiv(length, PAD) * PAD + PAD, triton.cdiv(queries, PAD) * PAD + PAD
+    return cdiv(length, PAD) * PAD + PAD, cdiv(queries, PAD) * PAD + PAD
 
 
 @dataclass(frozen=True)
@@ -212,10 +212,10 @@ def build_tables(
     # a radix sort makes a pass for each byte of the code: 16 bits whenever they hold every (row, bucket)
     code = torch.int16 if 2 * rows * n_buckets <= 1 << 15 else torch.int32
     codes = torch.empty(rows * (length + queries), dtype=code, device=device)
-    key_tiles, query_tiles = triton.cdiv(length, BLOCK), triton.cdiv(queries, BLOCK)
+    key_tiles, query_tiles = cdiv(length, BLOCK), cdiv(queries, BLOCK)
     launch(
         _codes, (query_tiles + key_tiles, rows, 1),
-        q_buckets.contiguous(), k_buckets.contiguous(), codes, rows, length, queries, n_buckets,
+        (q_buckets.contiguous(), k_buckets.contiguous(), codes), (rows, length, queries, n_buckets),
         G=heads, R=rounds, BLOCK=BLOCK,
     )
     codes, places = codes.sort(stable=True)
@@ -225,18 +225,18 @@ def build_tables(
     padded, padded_low = torch.empty(rows * (length + queries), dtype=torch.int32, device=device).split(
         (rows * length, rows * queries)
     )
-    blocks = triton.cdiv(tall, BLOCK) + triton.cdiv(wide, BLOCK)
+    blocks = cdiv(tall, BLOCK) + cdiv(wide, BLOCK)
     launch(
         _spans, (blocks, rows, 1),
-        codes, places, *document_pointers(packing, padded), tables.order, tables.queries, tables.low, tables.length,
-        padded, padded_low, rows, length, wide, queries, tall, n_buckets, bucket_size, window, n_global,
-        length.bit_length(),
+        (codes, places, *document_pointers(packing, padded), tables.order, tables.queries, tables.low, tables.length,
+         padded, padded_low),
+        (rows, length, wide, queries, tall, n_buckets, bucket_size, window, n_global, length.bit_length()),
         G=heads, R=rounds, DOCUMENTS=packing is not None, BLOCK=BLOCK,
     )
     if rounds > 1:
         launch(
             _earlier, (blocks, rows, 1),
-            tables.order, tables.queries, padded, padded_low, tables.ranks, tables.lows, groups, length, wide, queries,
-            tall, R=rounds, BLOCK=BLOCK,
+            (tables.order, tables.queries, padded, padded_low, tables.ranks, tables.lows),
+            (groups, length, wide, queries, tall), R=rounds, BLOCK=BLOCK,
         )
     return tables
