@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lshv2.attention import BACKENDS, MASKED_UP_TO, lsh_attention, visible_set
+from lshv2.attention import BACKENDS, MASKED_UP_TO, lsh_attention, runs_here, visible_set
 from lshv2.config import ModelConfig, Settings
 from lshv2.model import LSHModel
 from lshv2.progress import Progress
@@ -30,7 +30,8 @@ def check_model(run: Run) -> dict[str, Any]:
     def check(name: str, value: float, allowed: float, meaning: str) -> None:
         checks.append(dict(name=name, passed=bool(value <= allowed), value=value, allowed=allowed, meaning=meaning))
 
-    backends = [name for name in BACKENDS if name != "reference"]
+    sample = torch.empty(1, 1, 1, settings.model.head_dim, device=device)
+    backends = [name for name in BACKENDS if name != "reference" and runs_here(name, sample)]
     with Progress(run, "01_model", "model checks", 2 + len(backends), "check") as bar:
         model = LSHModel(settings.model, settings.seed).to(device)
         parameters = model.count_parameters()

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+KEPT = 4096  # calls remembered: inputs of ever new lengths must not fill the host's memory
 
 
 def cdiv(a: int, b: int) -> int:
@@ -43,6 +44,8 @@ def launch(
     if known is None:
         compiled = kernel[grid](*tensors, *numbers, **options)
         count = len(tensors) + len(numbers)
+        if len(_compiled) >= KEPT:
+            _compiled.clear()
         _compiled[key] = compiled, (*numbers, *[options[name] for name in kernel.arg_names[count:]])
         return
     compiled, rest = known

@@ -79,7 +79,7 @@ def choose_backend(q: Tensor) -> str:
 
 
 def runs_here(backend: str, q: Tensor) -> bool:
-    """Whether a backend takes q's device, dtype and head dim."""
+    """Whether a backend takes the device, dtype and head dim of q [B,H,T,D]."""
     if backend != "triton":
         return True
     return q.is_cuda and has_triton() and q.dtype in KERNEL_DTYPES and q.shape[-1] in KERNEL_DIMS

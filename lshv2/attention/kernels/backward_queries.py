@@ -158,6 +158,7 @@ def _local_queries(
                 rows = sink_part + ((tile + c) * n_global + number[:, None]) * 2 * D + d[None, :]
                 tl.store(rows, dk, mask=(number < n_global)[:, None])
                 tl.store(rows + D, dv, mask=(number < n_global)[:, None])
+    stack += row * 0  # 64 bits wide
     for r in tl.static_range(R):
         rows = part + (r * stack + row) * D
         acc += tl.load(rows[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)

@@ -47,10 +47,12 @@ TILES: dict[str, Tile] = {
 def tile_for(kernel: str, dim: int, dtype: torch.dtype) -> Tile:
     """The kernel's tile; four-byte or 128-wide heads get smaller ones, so that they fit in shared memory."""
     tile = TILES[kernel]
-    if dim * dtype.itemsize <= 128:
+    width = dim * dtype.itemsize
+    if width <= 128:
         return tile
-    small = 32 if dim * dtype.itemsize <= 256 else 16
-    return Tile(min(tile.own, max(small, 32)), min(tile.other, small), tile.warps, 1, None)
+    if width <= 256:
+        return Tile(tile.own, 32, tile.warps, 2 if dtype.itemsize == 2 else 1)
+    return Tile(32, 16, tile.warps, 1)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -134,6 +134,7 @@ def _local_forward(
                 peak, total, acc = _attend(q_tile, k_tile, v_tile, seen, peak, total, acc, scale, PRECISION)
     peak *= scale
     row = (b * n_heads + h) * T + t
+    stack += row * 0  # 64 bits wide
     for r in tl.static_range(R):
         far = tl.load(part_lse + r * stack + row, mask=inside, other=float("-inf"))
         rows = part + (r * stack + row) * D

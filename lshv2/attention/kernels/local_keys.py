@@ -52,8 +52,10 @@ def _local_keys(
                 k_tile, v_tile, q_tile, grad_tile, seen, tl.load(lse + row, mask=there, other=float("inf")),
                 tl.load(delta + row, mask=there, other=0.0), acc_k, acc_v, logit_scale, PRECISION,
             )
+    key = (b * n_kv + g) * T + s
+    stack += key * 0  # 64 bits wide
     for r in tl.static_range(R):
-        rows = (r * stack + (b * n_kv + g) * T + s)[:, None] * D + d[None, :]
+        rows = (r * stack + key)[:, None] * D + d[None, :]
         acc_k += tl.load(dk_part + rows, mask=here, other=0.0).to(tl.float32)
         acc_v += tl.load(dv_part + rows, mask=here, other=0.0).to(tl.float32)
     acc_k *= scale

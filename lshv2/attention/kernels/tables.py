@@ -100,7 +100,7 @@ def tables_in(buffer: Tensor, groups: int, rounds: int, length: int, queries: in
 
 
 @triton.jit
-def _codes(q_buckets, k_buckets, codes, rows, T, M, C, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+def _codes(q_buckets, k_buckets, codes, rows, n_keys, T, M, C, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
     """(row, bucket) of every key, then of every query, as one number; ids outside [0, C) are moved to its ends."""
     row = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(M, BLOCK)
@@ -109,7 +109,7 @@ def _codes(q_buckets, k_buckets, codes, rows, T, M, C, G: tl.constexpr, R: tl.co
         inside = m < M
         bucket = tl.load(q_buckets + ((row // R * G + m % G) * R + row % R) * T + m // G, mask=inside, other=0)
         code = (rows + row) * C + tl.minimum(tl.maximum(bucket.to(tl.int32), 0), C - 1)
-        tl.store(codes + rows * T + row * M + m, code, mask=inside)
+        tl.store(codes + n_keys + row * M + m, code, mask=inside)
     else:
         s = (tl.program_id(0) - tiles) * BLOCK + tl.arange(0, BLOCK)
         key_bucket = tl.load(k_buckets + row * T + s, mask=s < T, other=0)
@@ -133,7 +133,7 @@ def _first_from(table, start, end, value, steps):
 
 @triton.jit
 def _spans(
-    codes, places, documents, starts, order, queries, low, length, padded, padded_low, rows, T, Tp, M, Mp, C,
+    codes, places, documents, starts, order, queries, low, length, padded, padded_low, rows, n_keys, T, Tp, M, Mp, C,
     bucket_size, window, n_global, steps,
     G: tl.constexpr, R: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -145,8 +145,9 @@ def _spans(
     if tl.program_id(0) < tiles:
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < M
-        code = tl.load(codes + rows * T + row * M + i, mask=inside, other=0).to(tl.int32) - rows * C
-        m = tl.load(places + rows * T + row * M + i, mask=inside, other=0) - (rows * T + row * M)
+        first = n_keys + row * M  # of the row's queries, behind all keys
+        code = tl.load(codes + first + i, mask=inside, other=0).to(tl.int32) - rows * C
+        m = tl.load(places + first + i, mask=inside, other=0) - first
         m = tl.where(inside, m, 0).to(tl.int32)
         t = m // G
         own_codes, own_places = codes + row * T, places + row * T
@@ -156,9 +157,9 @@ def _spans(
         begin = none
         if DOCUMENTS:
             begin = tl.load(starts + tl.load(documents + t))
-        first = _first_from(own_places, start, end, row * T + begin + n_global, steps)
-        seen = _first_from(own_places, first, end, row * T + t + 1, steps)
-        span = tl.maximum(first, seen - bucket_size)
+        past_sinks = _first_from(own_places, start, end, row * T + begin + n_global, steps)
+        seen = _first_from(own_places, past_sinks, end, row * T + t + 1, steps)
+        span = tl.maximum(past_sinks, seen - bucket_size)
         high = _first_from(own_places, span, seen, row * T + t - window + 1, steps)
         tl.store(queries + row * Mp + i, m, mask=i < Mp)
         tl.store(low + row * Mp + i, tl.where(inside, span, T), mask=i < Mp)
@@ -215,7 +216,7 @@ def build_tables(
     key_tiles, query_tiles = cdiv(length, BLOCK), cdiv(queries, BLOCK)
     launch(
         _codes, (query_tiles + key_tiles, rows, 1),
-        (q_buckets.contiguous(), k_buckets.contiguous(), codes), (rows, length, queries, n_buckets),
+        (q_buckets.contiguous(), k_buckets.contiguous(), codes), (rows, rows * length, length, queries, n_buckets),
         G=heads, R=rounds, BLOCK=BLOCK,
     )
     codes, places = codes.sort(stable=True)
@@ -230,7 +231,8 @@ def build_tables(
         _spans, (blocks, rows, 1),
         (codes, places, *document_pointers(packing, padded), tables.order, tables.queries, tables.low, tables.length,
          padded, padded_low),
-        (rows, length, wide, queries, tall, n_buckets, bucket_size, window, n_global, length.bit_length()),
+        (rows, rows * length, length, wide, queries, tall, n_buckets, bucket_size, window, n_global,
+         length.bit_length()),
         G=heads, R=rounds, DOCUMENTS=packing is not None, BLOCK=BLOCK,
     )
     if rounds > 1:
