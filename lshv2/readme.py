@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.ablation.summary import ranking, table
+from lshv2.benchmark.attention_targets import shown
 from lshv2.errors import UserError
 from lshv2.operator_results import NAMES, OperatorResult, find_operator_results, read_operator, verdict
 from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
@@ -105,7 +106,7 @@ def _operator(folder: Path, key: str) -> str | None:
 def _operator_targets(result: OperatorResult) -> list[str]:
     lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
     for target in result.targets:
-        value = f"{target.value:,.4g} {target.unit}".rstrip() if math.isfinite(target.value) else target.detail
+        value = shown(target.value, target.unit) if math.isfinite(target.value) else target.detail
         lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
     return [_markdown(lines)] if result.targets else []
 

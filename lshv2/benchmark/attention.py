@@ -26,7 +26,7 @@ from typing import Any
 
 from lshv2.benchmark import attention_inputs as shapes
 from lshv2.benchmark.attention_rows import Bench, Case
-from lshv2.benchmark.attention_targets import TOKENS, derive, fastest_dense, slower_lsh, targets
+from lshv2.benchmark.attention_targets import TOKENS, derive, fastest_dense, shown, slower_lsh, targets
 from lshv2.benchmark.worker import device_name
 from lshv2.machine import environment
 from lshv2.operator_plots import operator_png
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
             picture.write_bytes(operator_png(options.out.parent))
     for target in content["targets"]:
         verdict = {None: "not measured", True: "met", False: "missed"}[target["met"]]
-        value = "" if target["value"] is None else f"{target['value']:,.4g} {target['unit']}"
+        value = "" if target["value"] is None else shown(target["value"], target["unit"])
         print(f"{verdict:12} {target['name']} ({target['target']}): {value}")
 
 
