@@ -179,3 +179,8 @@ def verdict(target: Target) -> str:
     if target.met is None:
         return "not measured"
     return "missed" if not target.met else "met, stretch too" if target.stretch_met else "met"
+
+
+def shown(value: float, unit: str) -> str:
+    """`22.64 ×`, `16,384 tokens`."""
+    return f"{value:,.0f} {unit}".rstrip() if abs(value) >= 1000 else f"{value:,.4g} {unit}".rstrip()

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.ablation.summary import ranking, table
-from lshv2.benchmark.attention_targets import shown
 from lshv2.errors import UserError
-from lshv2.operator_results import NAMES, OperatorResult, find_operator_results, read_operator, verdict
+from lshv2.operator_results import NAMES, OperatorResult, find_operator_results, read_operator, shown, verdict
 from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root

@@ -26,11 +26,11 @@ from typing import Any
 
 from lshv2.benchmark import attention_inputs as shapes
 from lshv2.benchmark.attention_rows import Bench, Case
-from lshv2.benchmark.attention_targets import TOKENS, derive, fastest_dense, shown, slower_lsh, targets
+from lshv2.benchmark.attention_targets import TOKENS, derive, fastest_dense, slower_lsh, targets
 from lshv2.benchmark.worker import device_name
 from lshv2.machine import environment
 from lshv2.operator_plots import operator_png
-from lshv2.operator_results import FILE
+from lshv2.operator_results import FILE, shown
 from lshv2.runs import atomic_path, write_json
 from lshv2.trainer import pick_device
 

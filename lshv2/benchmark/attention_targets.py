@@ -186,8 +186,3 @@ def _extrapolated(rows: Rows, judged: dict[str, Any]) -> dict[str, Any]:
         return judged
     return _judge(judged["name"], ">=", 8, 16, 4 * dense[1] / slower, "×",
                   f"{dense[0]} extrapolated: four times its 32,768 tokens")
-
-
-def shown(value: float, unit: str) -> str:
-    """`22.64 ×`, `16,384 tokens`."""
-    return f"{value:,.0f} {unit}".rstrip() if abs(value) >= 1000 else f"{value:,.4g} {unit}".rstrip()
