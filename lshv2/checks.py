@@ -95,7 +95,7 @@ def dense_limit_error(config: ModelConfig, device: torch.device, seed: int, back
 def causality_error(model: LSHModel, seed: int) -> float:
     """Largest change of earlier logits when all later tokens change, over the logits' own scale."""
     # long enough for the backend of long inputs, where the model allows it
-    long = MASKED_UP_TO[next(model.parameters()).is_cuda] + 128
+    long = MASKED_UP_TO + 128
     length = min(model.config.max_seq_len, max(long, 2 * model.config.window))
     g = torch.Generator().manual_seed(seed)
     ids, other = (torch.randint(0, model.config.vocab_size, (1, length), generator=g) for _ in range(2))

@@ -39,6 +39,7 @@ from lshv2.sizes import SHAPE_KEYS, shape_for
 
 Angles = tuple[Tensor, Tensor]  # cos, sin
 
+
 @dataclass
 class LMOutput:
     """What a forward gives: `hidden` [B,T,d] that answers, `ponder_steps` [B,T], and with labels `loss` (scalar).

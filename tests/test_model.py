@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lshv2.attention import MASKED_UP_TO
 from lshv2.config import ModelConfig, parse_size
 from lshv2.errors import UserError
 from lshv2.losses import token_cross_entropy
@@ -24,7 +23,7 @@ SMALL: dict[str, Any] = dict(
 @pytest.fixture(params=["masked", "torch"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test here twice: these short inputs would else never meet the backend that long ones get."""
-    monkeypatch.setitem(MASKED_UP_TO, False, {"masked": 10**9, "torch": 0}[request.param])
+    monkeypatch.setattr("lshv2.attention.MASKED_UP_TO", {"masked": 10**9, "torch": 0}[request.param])
     return request.param
 
 

@@ -13,9 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lshv2.attention.kernels.common import LOG2_E, earlier_rows, found_earlier, precision, tile_for, within
+from lshv2.attention.kernels.common import (
+    LOG2_E,
+    earlier_rows,
+    found_earlier,
+    precision,
+    tile_for,
+    tile_of_queries,
+    within,
+)
 from lshv2.attention.kernels.forward import sink_block
-from lshv2.attention.kernels.tables import NOWHERE, Packing, Tables, document_pointers
+from lshv2.attention.kernels.tables import Packing, Tables, document_pointers
 from lshv2.launch import cdiv, launch
 
 
@@ -52,14 +60,12 @@ def _far_queries(
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d = tl.arange(0, D)
     row = (n * R + r) * Mp + i
-    m = tl.load(queries + row)
-    first = tl.load(low + row)
-    count = tl.load(length + row)
-    busy = count > 0
-    last = tl.load(low + row + 1) > first + count + OTHER  # as in the forward
     pair = (r * (r - 1) // 2).to(tl.int64) * groups + n
     ranks += pair * Tp
-    before = earlier_rows(lows + pair * Mp, groups * Mp, i, r, NOWHERE, EARLIER, MIXED)
+    m, first, count, last, before = tile_of_queries(
+        queries, low, length, lows + pair * Mp, row, i, r, groups * Mp, OTHER, EARLIER, MIXED
+    )
+    busy = count > 0
     head, t = m % G, (m // G).to(tl.int64)
     inside = i < M
     lse_tile = tl.load(lse + n * M + head * T + t, mask=busy, other=0.0)
@@ -204,7 +210,7 @@ def far_queries(
             (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
              length, tables.order.shape[2], heads * length, tall, k.shape[1], groups, tables.bucket_size, first),
             G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(q.dtype),
-            **tile.launch(),
+            **tile.options(),
         )
     return part, sorted_lse, sorted_delta
 
@@ -238,7 +244,7 @@ def local_queries(
         (dim**-0.5, dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
          *dq.stride()[:3], length, n_heads, window, n_global, slots, lse.numel()),
         G=n_heads // n_kv, R=0 if part is None else part.shape[0], D=dim, SINKS=sink_block(n_global),
-        DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(q.dtype), **tile.launch(),
+        DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(q.dtype), **tile.options(),
     )
     if not n_global:
         return dq, None

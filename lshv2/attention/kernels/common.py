@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+NOWHERE = tl.constexpr(1 << 30)  # a low that no padded rank comes near
 LOG2_E = 1.4426950408889634  # kernels work in powers of two: exp2 is the hardware's instruction
 
 
@@ -28,7 +29,7 @@ class Tile:
     stages: int
     registers: int | None = None
 
-    def launch(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         return dict(
             OWN=self.own, OTHER=self.other, num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers
         )
@@ -80,6 +81,18 @@ def earlier_rows(table, stride, place, current, MISSING: tl.constexpr, EARLIER: 
             row = tl.load(table + e * stride + place)
         rows = rows + (row,)
     return rows
+
+
+@triton.jit
+def tile_of_queries(
+    queries, low, length, lows, row, i, r, stride, OTHER: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr
+):
+    """What a tile of sorted queries sees: number, first rank and count of each, its lows in earlier rounds, and
+    whether a stretch of keys ends with it: the next query's span begins further on, past ranks that nobody sees."""
+    first, count = tl.load(low + row), tl.load(length + row)
+    last = tl.load(low + row + 1) > first + count + OTHER
+    before = earlier_rows(lows, stride, i, r, NOWHERE, EARLIER, MIXED)
+    return tl.load(queries + row), first, count, last, before
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import (
     LOG2_E,
+    NOWHERE,
     add_gradients,
     earlier_rows,
     found_earlier,
@@ -22,7 +23,7 @@ from lshv2.attention.kernels.common import (
     tile_for,
     within,
 )
-from lshv2.attention.kernels.tables import NOWHERE, Tables
+from lshv2.attention.kernels.tables import Tables
 from lshv2.launch import cdiv, launch
 
 BULK = 8192  # queries
@@ -200,7 +201,7 @@ def far_keys(
             (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
              length, tables.order.shape[2], tall, n_kv, groups, tiles, depth, tables.bucket_size, first),
             G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(k.dtype),
-            BULK=bulk_size, **tile.launch(),
+            BULK=bulk_size, **tile.options(),
         )
     if slots:
         launch(

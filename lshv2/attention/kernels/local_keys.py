@@ -86,6 +86,6 @@ def local_keys(
         (dim**-0.5, dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
          *dk.stride()[:3], *dv.stride()[:3], length, n_kv, window, n_global, documents, batch * n_kv * length),
         G=q.shape[1] // n_kv, R=parts[0].shape[0] if parts else 0, D=dim, SINKS=sinks is not None,
-        DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(k.dtype), **tile.launch(),
+        DOCUMENTS=packing is not None, EVEN=length % tile.other == 0, PRECISION=precision(k.dtype), **tile.options(),
     )
     return dk, dv

@@ -27,13 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lshv2.attention.kernels.common import NOWHERE
 from lshv2.launch import cdiv, launch
 
 BLOCK = 256
 PAD = 128  # rows are padded to a multiple of this, and by at least this: no tile is larger
-
-
-NOWHERE = tl.constexpr(1 << 30)  # a low that no padded rank comes near
 
 
 @dataclass(frozen=True)
