@@ -46,14 +46,14 @@ class ModelConfig(Section):
     use_ponder: bool = True
     weight_tied_layers: PositiveInt = 6
     d_ff: PositiveInt = Field(3072, description="hidden width of the SwiGLU feed-forward")
-    n_rounds: PositiveInt = Field(4, description="hash rounds R")
+    n_rounds: PositiveInt = Field(4, description="hash rounds R; of an inverted file the cells a query looks in")
     window: PositiveInt = Field(256, description="tokens every query sees just before it, itself included")
     n_global: NonNegativeInt = Field(4, description="attention sinks: first tokens of a document that all see")
     n_buckets: PositiveInt | None = Field(
         None, description="buckets per round, a power of two; None takes the one nearest max_seq_len / bucket_size"
     )
     attention: Literal["lsh", "dense", "window"] = Field("lsh", description="dense and window are the twins")
-    hashing: Literal["codebooks", "cross_polytope"] = "codebooks"
+    hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "codebooks"
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
     rotary_fraction: Fraction = Field(0.5, description="part of each head's dimensions that carries positions")
     rotary_base: PositiveFloat = 10_000.0

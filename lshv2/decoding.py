@@ -4,17 +4,19 @@
     logits = model.step(token, cache)                             # token int64 [B] -> [B,V], again and again
 
 One `LayerCache` a layer *application* (a tied block applied four times keeps four), all sharing one `Cursor`. Memory is
-linear in the capacity: keys and values [B,K,capacity,D], and n_buckets rings of the last W positions a round, which
-point into them. A step writes one key and one value, puts its position into R rings, and reads
-R·W + window + n_global keys: the visible set of `lshv2.attention`, every key once. Shapes depend on settings alone and
-nothing reads the device, so a step costs the same at every context length and can be captured in a CUDA graph. The
-exception is the dense twin, whose step reads every past key (a slice whose length the host knows).
+linear in the capacity: keys and values [B,K,capacity,D], and n_buckets rings of the last W positions a table, which
+point into them. A step writes one key and one value, puts its position into a ring of each table (R of them, or one
+that a query probes R times), and reads R·W + window + n_global keys: the visible set of `lshv2.attention`, every key
+once. Shapes depend on settings alone and nothing reads the device, so a step costs the same at every context length and
+can be captured in a CUDA graph. The exception is the dense twin, whose step reads every past key (a slice whose length
+the host knows).
 
 Rows of a batch may differ in length. They are aligned at the left: row b holds positions 0 .. length[b] − 1, whatever a
 prompt was padded with lies behind them, is visible to none of them, and is overwritten by the tokens that follow.
 
 Left out on purpose: a second prompt in one go (feed its tokens one by one), paging, eviction.
-Legend: B batch, K key/value heads, G = H / K, R rounds, W bucket_size, N keys seen near (window and sinks), D head dim.
+Legend: B batch, K key/value heads, G = H / K, R rounds or probes, W bucket_size, N keys seen near (window and sinks),
+D head dim.
 """
 
 from __future__ import annotations
@@ -72,14 +74,15 @@ class LayerCache:
 
     def __init__(self, config: ModelConfig, cursor: Cursor) -> None:
         self.config, self.cursor = config, cursor
-        self.rounds = config.n_rounds if config.attention == "lsh" else 0
+        self.n_tables = 0  # R, or 1 that is probed R times, once filled
         self.previous: Tensor | None = None  # [B,1,d]: the last token's input, for the next key's token shift
         self.k = self.v = torch.empty(0)  # [B·K·capacity, D] once filled
-        self.rings = torch.empty(0)  # int32 [B·K·R·n_buckets + 1, W]: newest positions, -1 none yet; the last is scrap
-        self.slot = torch.empty(0)  # [B·K·R·n_buckets + 1]: where in its ring the next position goes
+        self.rings = torch.empty(0)  # int32 [B·K·tables·n_buckets + 1, W]: newest positions, -1 none; the last is scrap
+        self.slot = torch.empty(0)  # [B·K·tables·n_buckets + 1]: where in its ring the next position goes
 
     def fill(self, x: Tensor, k: Tensor, v: Tensor, k_ids: Tensor) -> None:
-        """Take over a prompt: input x [B,T,d], rotated k and v [B,K,T,D], k_ids [B,K,R,T]; device and dtype are theirs.
+        """Take over a prompt: input x [B,T,d], rotated k and v [B,K,T,D], k_ids [B,K,R or 1,T]; device and dtype are
+        theirs.
 
         Row b's tokens from cursor.length[b] on are padding.
         """
@@ -96,14 +99,15 @@ class LayerCache:
         self.k, self.v = stores
         cos, sin = self.cursor.angles
         self.cursor.angles = cos.to(k.dtype), sin.to(k.dtype)  # once, not in every layer of every step
-        if self.rounds:
+        if self.config.attention == "lsh":
+            self.n_tables = k_ids.shape[2]
             self._fill_rings(k_ids)
 
     def _fill_rings(self, k_ids: Tensor) -> None:
         """The newest W positions of each bucket, at the slots where steps one by one would have left them."""
         n_buckets, width, device = self.config.resolved_n_buckets, self.config.bucket_size, k_ids.device
-        lists = torch.arange(self.rounds, device=device) + self.cursor.heads[..., None] * self.rounds
-        self.first_ring = lists * n_buckets  # [B,K,R]
+        lists = torch.arange(self.n_tables, device=device) + self.cursor.heads[..., None] * self.n_tables
+        self.first_ring = lists * n_buckets  # [B,K,tables]
         scrap = lists.numel() * n_buckets
         self.rings = torch.full((scrap + 1, width), -1, dtype=torch.int32, device=device)
         self.slot = torch.zeros(scrap + 1, dtype=torch.int64, device=device)
@@ -118,7 +122,8 @@ class LayerCache:
         self.slot.scatter_(0, ring.flatten(), (count % width).flatten())
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
-        """One token a row, at position cursor.length: x [B,1,d], q [B,H,1,D], k, v [B,K,1,D], ids [B,H or K,R,1].
+        """One token a row, at position cursor.length: x [B,1,d], q [B,H,1,D], k, v [B,K,1,D], q_ids [B,H,R,1],
+        k_ids [B,K,R or 1,1], of as many tables as `fill` had.
 
         Keeps it, and returns its attention [B,H,1,D] in q's dtype.
         """
@@ -131,7 +136,7 @@ class LayerCache:
             with region("dense_attn"):
                 return self._dense(q)
         with region("bucket_attn"), full_precision(q):
-            if self.rounds:
+            if self.n_tables:
                 self._push(k_ids.squeeze(-1))
             return self._sparse(q, q_ids)
 
@@ -144,7 +149,7 @@ class LayerCache:
         return scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
     def _push(self, k_ids: Tensor) -> None:
-        """The new position into its ring of each round: k_ids [B,K,R]."""
+        """The new position into its ring of each table: k_ids [B,K,tables]."""
         width = self.config.bucket_size
         ring = (self.first_ring + k_ids).flatten()
         slot = self.slot.index_select(0, ring)
@@ -155,7 +160,7 @@ class LayerCache:
     def _found(self, q_ids: Tensor) -> Tensor:
         """Positions that the rounds found, each once, -1 elsewhere and for those seen near: [B,K,G,R·W]."""
         cursor, grouped = self.cursor, q_ids.unflatten(1, (self.config.n_kv_heads, -1)).squeeze(-1)  # [B,K,G,R]
-        ring = self.first_ring[:, :, None] + grouped
+        ring = self.first_ring[:, :, None] + grouped  # of one table every probe reads another ring
         found = self.rings.index_select(0, ring.flatten()).view(*grouped.shape[:3], -1)
         near = (found > cursor.edge[:, None, None, None]) | (found < cursor.n_global)
         found = found.masked_fill(near, -1).sort(dim=-1).values  # a key found twice stands beside itself
@@ -170,7 +175,7 @@ class LayerCache:
         n_near = cursor.near.shape[1]
         rows = cursor.near[:, None].expand(-1, n_kv, -1)  # [B,K,N]
         hidden = cursor.near_hidden[:, None, None].expand(-1, n_kv, groups, -1)  # [B,K,G,N]
-        if self.rounds:
+        if self.n_tables:
             found = self._found(q_ids)
             rows = torch.cat([rows, found.flatten(2).clamp_min(0)], dim=-1)
             hidden = torch.cat([hidden, found < 0], dim=-1)

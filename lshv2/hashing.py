@@ -9,7 +9,13 @@ the whole vector (Dp = D) or its own slice of it (Dp = D / P).
   - cross-polytope LSH (Andoni et al. 2015): C = [A, -A] of a seeded Gaussian A, every part on the whole vector.
   - codebooks (data-dependent LSH): unit centroids, each part on its slice; `update_codebooks` moves them by an
     exponential average of the queries and keys that they caught (no gradient; frozen at evaluation).
-Queries and keys are hashed separately by the same function, which sees one token's vector and nothing else: that is
+An inverted file (Jégou et al. 2011) is one table instead of R: a key lies in the cell whose centroid it points along
+most, a query looks in the R cells that it points along most (multi-probe: Lv et al. 2007):
+
+    best_cells(x [B,H,T,D], table [K,1,C,D], n) -> int32 [B,H,n,T]       (n = 1 for keys)
+
+Cells are disjoint, so attention finds no key twice, sorts keys once, and is faster for it; centroids follow keys alone.
+Queries and keys are hashed separately, by functions of one token's vector and stored state and nothing else: that is
 what keeps attention strictly causal.
 
 Legend: B batch, H query heads, K key/value heads, T tokens, D head dim, R rounds, P parts, C directions a part.
@@ -63,6 +69,11 @@ def codebook_tables(
     return [torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1) for shape in shapes]
 
 
+def cell_table(n_kv_heads: int, n_cells: int, head_dim: int, generator: torch.Generator) -> Tensor:
+    """Random unit centroids of an inverted file to start from: [K,1,C,D]."""
+    return torch.nn.functional.normalize(torch.randn(n_kv_heads, 1, n_cells, head_dim, generator=generator), dim=-1)
+
+
 def _slices(x: Tensor, tables: list[Tensor]) -> list[Tensor]:
     """What each part reads of x [B,H,T,D]: its own slice, or all of it."""
     if sum(table.shape[-1] for table in tables) == x.shape[-1]:
@@ -102,6 +113,32 @@ def bucket_ids(x: Tensor, tables: list[Tensor]) -> Tensor:
         result = ids if result is None else result * table.shape[2] + ids
     assert result is not None
     return result.to(torch.int32)
+
+
+@torch.no_grad()
+def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
+    """The n cells of an inverted file that each vector points along most, the best first.
+
+    x [B,H,T,D], table [K,1,C,D] -> int32 [B,H,n,T] in [0, C), n <= C. Products with the centroids (rounded to x's
+    dtype) are summed in float32 (float64 stays float64); the cell's number takes the place of a product's last bits,
+    so that no two are equal and CPU and GPU rank alike.
+    """
+    n_kv, _, size, dim = table.shape
+    if x.is_cuda and has_triton():
+        from lshv2.hashing_kernel import best_cells_triton, best_cells_whole, cells_supported
+
+        if cells_supported(x, n):
+            return (best_cells_whole if torch.compiler.is_compiling() else best_cells_triton)(x, table, n)
+    batch, n_heads, length, _ = x.shape
+    work = torch.promote_types(x.dtype, torch.float32)
+    bits = torch.int64 if work == torch.float64 else torch.int32
+    directions = table[:, 0].transpose(-1, -2).to(x.dtype).to(work)  # [K,D,C]
+    number, mask = torch.arange(size, dtype=bits, device=x.device), (1 << (size - 1).bit_length()) - 1
+    ids = []
+    for part in x.reshape(batch, n_kv, -1, dim).split(max(1, SCORES // (batch * n_kv * size)), dim=2):
+        ranked = ((part.to(work) @ directions).view(bits) & ~mask | number).view(work)
+        ids.append(ranked.topk(n, dim=-1).indices if n > 1 else ranked.argmax(-1, keepdim=True))
+    return torch.cat(ids, dim=2).view(batch, n_heads, length, n).transpose(-1, -2).to(torch.int32, copy=True)
 
 
 @torch.no_grad()

@@ -13,7 +13,15 @@ from torch.nn.utils import skip_init
 from lshv2.attention import lsh_attention
 from lshv2.config import ModelConfig
 from lshv2.decoding import LayerCache
-from lshv2.hashing import bucket_ids, codebook_sums, codebook_tables, cross_polytope_tables, update_codebooks
+from lshv2.hashing import (
+    best_cells,
+    bucket_ids,
+    cell_table,
+    codebook_sums,
+    codebook_tables,
+    cross_polytope_tables,
+    update_codebooks,
+)
 from lshv2.profiling import region
 
 CODEBOOK_TOKENS = 2048  # at most this many tokens of a batch move the codebooks each step: enough for a mean direction
@@ -48,12 +56,23 @@ class Attention(nn.Module):
         self.out = skip_init(nn.Linear, config.n_heads * dim, d, bias=False)
         self.shift = nn.Parameter(torch.ones(d))  # μ: how much of the previous token a key also carries
         self.log_temperature = nn.Parameter(torch.zeros(config.n_heads))  # QK-norm bounds logits by √D without it
-        make = codebook_tables if config.hashing == "codebooks" else cross_polytope_tables
-        tables = make(config.n_kv_heads, config.n_rounds, config.resolved_n_buckets, dim, generator)
+        tables = self._draw_tables(generator)
         self.n_tables = len(tables) if config.attention == "lsh" else 0
         for i in range(self.n_tables):
             self.register_buffer(f"table{i}", tables[i])
             self.register_buffer(f"sum{i}", torch.zeros_like(tables[i]), persistent=False)
+        if self.n_tables and config.hashing == "inverted_file":
+            self.register_buffer("key_mean", torch.zeros(config.n_kv_heads, 1, dim))
+            self.register_buffer("key_sum", torch.zeros(config.n_kv_heads, 1, dim), persistent=False)
+            self.register_buffer("key_count", torch.zeros(()), persistent=False)
+
+    def _draw_tables(self, generator: torch.Generator) -> list[Tensor]:
+        config = self.config
+        n_kv, n_buckets, dim = config.n_kv_heads, config.resolved_n_buckets, config.head_dim
+        if config.hashing == "inverted_file":
+            return [cell_table(n_kv, n_buckets, dim, generator)]
+        make = codebook_tables if config.hashing == "codebooks" else cross_polytope_tables
+        return make(n_kv, config.n_rounds, n_buckets, dim, generator)
 
     @property
     def tables(self) -> list[Tensor]:
@@ -79,25 +98,57 @@ class Attention(nn.Module):
         return rms_norm(q, (dim,)).to(v.dtype), rms_norm(k, (dim,)).to(v.dtype), v
 
     def hash(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Bucket ids of unrotated q and k: [B,H,R,T], [B,K,R,T]; while training, notes what moves the codebooks."""
+        """Bucket ids of unrotated q and k: [B,H,R,T] and [B,K,R,T], or of an inverted file [B,K,1,T].
+
+        While training, notes what moves the codebooks or centroids.
+        """
         with region("hashing"):
+            if self.config.hashing == "inverted_file":
+                return self._look_up(q, k)
             q_ids, k_ids = bucket_ids(q, self.tables), bucket_ids(k, self.tables)
             if self.training and self.config.hashing == "codebooks":
-                # odd, so that it cannot fall in step with text laid out in pairs and miss every second position
-                stride = q.shape[0] * q.shape[2] // CODEBOOK_TOKENS | 1
-                for x, ids in ((q, q_ids), (k, k_ids)):
-                    caught = codebook_sums(x.detach()[:, :, ::stride], ids[..., ::stride], self.tables)
-                    for total, more in zip(self.sums, caught, strict=True):
-                        total += more
+                self._note(q, q_ids)
+                self._note(k, k_ids)
             return q_ids, k_ids
+
+    def _look_up(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The best cells of queries and the cell of each key: [B,H,R,T], [B,K,1,T].
+
+        Keys choose by what sets them apart from their running mean, or they would all lie in the same few cells. To
+        queries that mean would add the same product for every cell.
+        """
+        table, mean = self.tables[0], self.get_buffer("key_mean")
+        centred = k.detach() - mean.to(k.dtype)
+        q_ids, k_ids = best_cells(q, table, min(self.config.n_rounds, table.shape[2])), best_cells(centred, table, 1)
+        if self.training:
+            self._note(centred, k_ids)
+            self.get_buffer("key_sum").add_(k.detach().float().mean((0, 2))[:, None])
+            self.get_buffer("key_count").add_(1)
+        return q_ids, k_ids
+
+    def _note(self, x: Tensor, ids: Tensor) -> None:
+        """Add what each centroid caught of x [B,heads,T,D], of a part of the tokens."""
+        # odd, so that it cannot fall in step with text laid out in pairs and miss every second position
+        stride = x.shape[0] * x.shape[2] // CODEBOOK_TOKENS | 1
+        caught = codebook_sums(x.detach()[:, :, ::stride], ids[..., ::stride], self.tables)
+        for total, more in zip(self.sums, caught, strict=True):
+            total += more
 
     @torch.no_grad()
     def update_hash(self) -> None:
         """Move the codebooks by what the last step's tokens were; call after the optimizer step."""
-        if self.n_tables and self.config.hashing == "codebooks":
-            update_codebooks(self.tables, self.sums, self.config.codebook_decay)
-            for total in self.sums:
-                total.zero_()
+        if not self.n_tables or self.config.hashing == "cross_polytope":
+            return
+        update_codebooks(self.tables, self.sums, self.config.codebook_decay)
+        for total in self.sums:
+            total.zero_()
+        if self.config.hashing == "inverted_file":
+            mean, now, count = (self.get_buffer(name) for name in ("key_mean", "key_sum", "key_count"))
+            # the first mean is taken whole; nothing was seen: nothing moves
+            weight = torch.where(mean.any(), 1 - self.config.codebook_decay, 1.0) * (count > 0)
+            mean.lerp_(now / count.clamp_min(1), weight)
+            now.zero_()
+            count.zero_()
 
     def prepare(
         self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None = None

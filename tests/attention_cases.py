@@ -2,7 +2,8 @@
 
 On a machine with a GPU every backend runs there. Elsewhere Triton's interpreter runs the kernels (tests/conftest.py
 asks for it), slowly, and without bfloat16: its dot multiplies the raw 16-bit patterns.
-Legend: B batch, K key/value heads, G heads of a group, T tokens, D head dim, R rounds, C buckets, W bucket size.
+Legend: B batch, K key/value heads, G heads of a group, T tokens, D head dim, R rounds (or probes of one table),
+C buckets, W bucket size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lshv2.hashing import has_triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = sorted(name for name in BACKENDS if name != "reference" and (name != "triton" or has_triton()))
 LINEAR = [name for name in FAST if name != "masked"]
+TABLES = ["table_a_round", "one_table"]
 # What the rounding of one dtype may do to an element of size one: some ten units in the last place.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -31,13 +33,17 @@ def best_dtype(backend: str) -> torch.dtype:
 
 
 def draw(
-    seed: int, b: int, h: int, k: int, t: int, d: int, r: int, n: int, dtype: torch.dtype = torch.float64
+    seed: int, b: int, h: int, k: int, t: int, d: int, r: int, n: int, dtype: torch.dtype = torch.float64, *,
+    one_table: bool = False,
 ) -> list[Tensor]:
-    """q, k, v, grad, q_buckets, k_buckets: random, with h query and k key/value heads and n buckets, on DEVICE."""
+    """q, k, v, grad, q_buckets, k_buckets: random, with h query and k key/value heads and n buckets, on DEVICE.
+
+    r rounds with a table each, or one table that is probed r times, now and then twice at the same bucket.
+    """
     g = torch.Generator().manual_seed(seed)
     q, key, v = (torch.randn(b, x, t, d, generator=g, dtype=dtype) for x in (h, k, k))
     grad = torch.randn(b, h, t, d, generator=g, dtype=dtype)
-    ids = [torch.randint(0, n, (b, x, r, t), generator=g) for x in (h, k)]
+    ids = [torch.randint(0, n, (b, x, y, t), generator=g) for x, y in ((h, r), (k, min(1, r) if one_table else r))]
     return [*(x.to(DEVICE).requires_grad_() for x in (q, key, v)), grad.to(DEVICE), *(x.to(DEVICE) for x in ids)]
 
 
@@ -91,18 +97,20 @@ class Variant:
     groups: tuple[int, ...]
     examples: int
     rows: int  # T·B·K·G·R at most
+    one_table: tuple[bool, ...] = (False,)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         compiled = f"-{dtype}-D{self.dims[0]}-R{self.rounds[0]}-G{self.groups[0]}" if self.backend == "triton" else ""
-        return self.backend + compiled
+        return self.backend + compiled + ("-one_table" if self.one_table == (True,) else "")
 
 
 def variants() -> list[Variant]:
     """Every backend; the kernels for each dtype that runs here, each head dim, few and many rounds, each group."""
-    half, whole = torch.float16, torch.float32
-    compiled = [
+    half, whole, one = torch.float16, torch.float32, (True,)
+    compiled: list[tuple[Any, ...]] = [
         (whole, 16, 0, 2), (whole, 16, 4, 2), (whole, 32, 1, 4), (whole, 32, 2, 3), (half, 16, 3, 1), (half, 16, 8, 1),
+        (whole, 16, 4, 2, one), (whole, 32, 2, 3, one), (half, 16, 8, 1, one),
     ]
     examples, rows = 4, 450
     if DEVICE == "cuda":
@@ -110,13 +118,15 @@ def variants() -> list[Variant]:
         compiled += [
             (whole, 64, 4, 3), (whole, 128, 1, 2), (half, 32, 8, 1), (half, 64, 4, 3), (half, 128, 2, 1),
             (wide, 32, 1, 4), (wide, 64, 4, 3), (wide, 64, 0, 3), (wide, 128, 8, 1), (wide, 128, 2, 2),
+            (half, 32, 3, 4, one), (wide, 64, 4, 3, one), (wide, 128, 8, 1, one), (whole, 128, 4, 2, one),
         ]
     found = []
     for backend in FAST:
         if backend == "triton":
-            found += [Variant(backend, dt, (d,), (r,), (g,), examples, rows) for dt, d, r, g in compiled]
+            found += [Variant(backend, dt, (d,), (r,), (g,), examples, rows, *o) for dt, d, r, g, *o in compiled]
         else:
-            found.append(Variant(backend, torch.float64, (4, 8, 12), (0, 1, 2, 3, 4), (1, 2, 3, 4), 60, 100_000))
+            rounds, groups = (0, 1, 2, 3, 4, 8), (1, 2, 3, 4)
+            found.append(Variant(backend, torch.float64, (4, 8, 12), rounds, groups, 80, 100_000, (False, True)))
     return found
 
 
@@ -124,7 +134,7 @@ def variants() -> list[Variant]:
 class Case:
     """Arguments of `draw`, and the operator's own."""
 
-    tensors: dict[str, int]
+    tensors: dict[str, Any]
     sizes: dict[str, Any]
 
 
@@ -132,7 +142,7 @@ class Case:
 def cases(pick: st.DrawFn, variant: Variant) -> Case:
     """Ragged lengths down to one token, batches, groups, sizes from one up, documents that may be empty."""
 
-    def one(values: tuple[int, ...]) -> int:
+    def one(values: tuple[Any, ...]) -> Any:
         return pick(st.sampled_from(values))
 
     b, k, groups, r = one((1, 2)), one((1, 2, 3)), one(variant.groups), one(variant.rounds)
@@ -141,7 +151,8 @@ def cases(pick: st.DrawFn, variant: Variant) -> Case:
     cuts = pick(st.none() | st.lists(st.integers(0, t), max_size=4))
     bounds = None if cuts is None else torch.tensor([0, *sorted(cuts), t], dtype=torch.int32, device=DEVICE)
     return Case(
-        dict(seed=pick(st.integers(0, 10**6)), b=b, h=k * groups, k=k, t=t, d=one(variant.dims), r=r, n=n),
+        dict(seed=pick(st.integers(0, 10**6)), b=b, h=k * groups, k=k, t=t, d=one(variant.dims), r=r, n=n,
+             one_table=one(variant.one_table)),
         dict(n_buckets=n, bucket_size=one((1, 32, 100, 256)), window=one((1, 7, 32, 300)), n_global=one((0, 1, 5)),
              cu_seqlens=bounds),
     )

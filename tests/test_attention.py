@@ -12,6 +12,7 @@ from attention_cases import (
     DEVICE,
     FAST,
     RESULTS,
+    TABLES,
     TOLERANCES,
     Case,
     Variant,
@@ -57,27 +58,28 @@ def test_equals_the_oracle_in_lower_precision(backend: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("bucket_size", [1, 16])
+@pytest.mark.parametrize(("bucket_size", "one_table"), [(1, False), (16, False), (16, True)])
 @pytest.mark.parametrize("spoil", ADVERSARIES, ids=lambda f: f.__name__)
 def test_equals_the_oracle_on_adversarial_buckets(
-    backend: str, spoil: Callable[[Tensor, Tensor], None], bucket_size: int
+    backend: str, spoil: Callable[[Tensor, Tensor], None], bucket_size: int, one_table: bool
 ) -> None:
     if bucket_size == 1 or (backend == "triton" and DEVICE == "cpu"):
-        tensors = draw(2, 1, 2, 1, 150, 16, 3, 8, dtype=best_dtype(backend))
+        tensors = draw(2, 1, 2, 1, 70 if one_table else 150, 16, 3, 8, dtype=best_dtype(backend), one_table=one_table)
     else:
-        tensors = draw(2, 1, 4, 2, 700, 16, 3, 8, dtype=best_dtype(backend))
+        tensors = draw(2, 1, 4, 2, 700, 16, 3, 8, dtype=best_dtype(backend), one_table=one_table)
     spoil(tensors[4], tensors[5])
     assert_is_the_oracle(backend, tensors, n_buckets=8, bucket_size=bucket_size, window=16, n_global=2)
 
 
 @pytest.mark.skipif("triton" not in FAST, reason="Triton is not installed")
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
 @pytest.mark.parametrize("spoil", ADVERSARIES, ids=lambda f: f.__name__)
 def test_keys_that_many_queries_see_are_shared_out(
-    spoil: Callable[[Tensor, Tensor], None], monkeypatch: pytest.MonkeyPatch
+    spoil: Callable[[Tensor, Tensor], None], one_table: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of queries that lie inside a stretch have programs of their own: here blocks of 32, usually 8,192."""
     monkeypatch.setattr(importlib.import_module("lshv2.attention.kernels.far_keys"), "BULK", 32)
-    tensors = draw(15, 1, 3, 1, 170, 16, 2, 8, dtype=torch.float32)
+    tensors = draw(15, 1, 3, 1, 100 if one_table else 170, 16, 2, 8, dtype=torch.float32, one_table=one_table)
     spoil(tensors[4], tensors[5])
     assert_is_the_oracle("triton", tensors, n_buckets=8, bucket_size=70, window=16, n_global=2)
 
@@ -111,12 +113,17 @@ def test_packed_documents_see_nothing_of_each_other(
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
-    ("length", "rounds", "window", "n_global"),
-    [(1, 2, 4, 3), (1, 0, 1, 0), (100, 0, 9, 0), (100, 0, 9, 70), (130, 1, 1, 0), (40, 2, 300, 5)],
+    ("length", "rounds", "one_table", "window", "n_global"),
+    [
+        (1, 2, False, 4, 3), (1, 0, False, 1, 0), (100, 0, False, 9, 0), (100, 0, False, 9, 70), (130, 1, False, 1, 0),
+        (40, 2, False, 300, 5), (1, 5, True, 4, 3), (40, 2, True, 1, 50),
+    ],
 )
-def test_equals_the_oracle_at_the_edges(backend: str, length: int, rounds: int, window: int, n_global: int) -> None:
+def test_equals_the_oracle_at_the_edges(
+    backend: str, length: int, rounds: int, one_table: bool, window: int, n_global: int
+) -> None:
     """One token; no rounds; more sinks than a tile or than tokens; a window of one or beyond the sequence."""
-    tensors = draw(7, 2, 3, 1, length, 16, rounds, 4, dtype=best_dtype(backend))
+    tensors = draw(7, 2, 3, 1, length, 16, rounds, 4, dtype=best_dtype(backend), one_table=one_table)
     assert_is_the_oracle(backend, tensors, n_buckets=4, bucket_size=8, window=window, n_global=n_global)
 
 
@@ -171,16 +178,18 @@ def test_later_tokens_change_nothing_earlier(backend: str) -> None:
     assert error < TOLERANCES[q.dtype] / 4, f"the prefix moved by {error:.1e}"
 
 
-def test_the_oracle_is_the_definition() -> None:
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
+def test_the_oracle_is_the_definition(one_table: bool) -> None:
     """`visible_set` against the set definition, read off with Python sets."""
-    q_ids, k_ids = (x.cpu() for x in draw(6, 1, 2, 1, 40, 4, 2, 3)[4:])
+    q_ids, k_ids = (x.cpu() for x in draw(6, 1, 2, 1, 40, 4, 2, 3, one_table=one_table)[4:])
     w, window, n_global = 4, 5, 2
     got = visible_set(q_ids, k_ids, bucket_size=w, window=window, n_global=n_global)
     for h in range(2):
         for t in range(40):
             expected = set(range(max(0, t - window + 1), t + 1)) | set(range(min(n_global, t + 1)))
             for r in range(2):
-                matching = [s for s in range(t + 1) if k_ids[0, 0, r, s] == q_ids[0, h, r, t]]
+                table = k_ids[0, 0, 0 if one_table else r]
+                matching = [s for s in range(t + 1) if table[s] == q_ids[0, h, r, t]]
                 expected |= set(matching[-w:])
             assert set(got[0, h, t].nonzero().flatten().tolist()) == expected
 
@@ -194,6 +203,8 @@ def test_the_oracle_is_the_definition() -> None:
         (dict(cu_seqlens=torch.tensor([0, 7, 5, 10])), "cu_seqlens"),
         (dict(q_buckets=torch.zeros(1, 2, 2, 9, dtype=torch.int64)), "q_buckets"),
         (dict(k_buckets=torch.zeros(1, 1, 2, 10)), "integers"),
+        (dict(k_buckets=torch.zeros(1, 1, 3, 10, dtype=torch.int64)), "one table"),
+        (dict(q_buckets=torch.zeros(1, 2, 0, 10, dtype=torch.int64)), "one table"),
         (dict(k=torch.zeros(1, 3, 10, 4), v=torch.zeros(1, 3, 10, 4)), "are not"),
     ],
 )

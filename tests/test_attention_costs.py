@@ -13,6 +13,7 @@ from attention_cases import (
     DEVICE,
     FAST,
     LINEAR,
+    TABLES,
     TOLERANCES,
     Largest,
     NoHostRead,
@@ -30,12 +31,15 @@ from lshv2.attention.far import FarTiles
 from lshv2.attention.intervals import build_intervals
 
 
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
 @pytest.mark.parametrize("spoil", [None, *ADVERSARIES], ids=lambda f: f.__name__ if f else "uniform")
-def test_work_of_the_tiles_is_linear_whatever_the_data(spoil: Callable[[Tensor, Tensor], None] | None) -> None:
+def test_work_of_the_tiles_is_linear_whatever_the_data(
+    spoil: Callable[[Tensor, Tensor], None] | None, one_table: bool
+) -> None:
     """Score elements computed a query and round: bounded by W, the tile and the key step, not by the bucket's size."""
     per_query = []
     for length in (2048, 8192):
-        _, _, _, _, q_ids, k_ids = draw(3, 1, 2, 1, length, 4, 2, 8)
+        _, _, _, _, q_ids, k_ids = draw(3, 1, 2, 1, length, 4, 2, 8, one_table=one_table)
         if spoil:
             spoil(q_ids, k_ids)
         tables = build_intervals(q_ids, k_ids, bucket_size=32, window=16, n_global=0)
@@ -45,8 +49,9 @@ def test_work_of_the_tiles_is_linear_whatever_the_data(spoil: Callable[[Tensor, 
     assert per_query[1] <= 1.25 * per_query[0]
 
 
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
 @pytest.mark.parametrize("backend", LINEAR)
-def test_memory_is_linear(backend: str) -> None:
+def test_memory_is_linear(backend: str, one_table: bool) -> None:
     """No tensor grows faster than T, forward or backward; none is near T·T / W, nor T x n_buckets a head."""
     if backend == "torch" and DEVICE == "cuda":
         pytest.skip("on a GPU its tiles are worked on by the gigabyte, whatever the length")
@@ -56,7 +61,7 @@ def test_memory_is_linear(backend: str) -> None:
         lengths, heads, rounds, buckets = (256, 512), 1, 2, 1024
     largest = []
     for length in lengths:
-        tensors = draw(7, 1, heads, 1, length, dim, rounds, buckets, dtype=torch.float32)
+        tensors = draw(7, 1, heads, 1, length, dim, rounds, buckets, dtype=torch.float32, one_table=one_table)
         with Largest() as seen:
             out_and_grads(backend, tensors, n_buckets=buckets, bucket_size=32, window=64, n_global=4)
         largest.append(seen.bytes)
@@ -101,9 +106,10 @@ def host_that_must_not_wait() -> Iterator[None]:
 
 @pytest.mark.skipif("triton" not in FAST, reason="Triton is not installed")
 @waiting
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
 @pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
-def test_the_host_never_waits_for_the_kernels(packed: bool) -> None:
-    tensors = draw(10, 1, 2, 1, 100, 16, 2, 4, dtype=torch.float32)
+def test_the_host_never_waits_for_the_kernels(packed: bool, one_table: bool) -> None:
+    tensors = draw(10, 1, 2, 1, 100, 16, 2, 4, dtype=torch.float32, one_table=one_table)
     sizes: dict[str, Any] = dict(n_buckets=4, bucket_size=8, window=9, n_global=2)
     if packed:
         sizes["cu_seqlens"] = torch.tensor([0, 10, 60, 100], device=DEVICE)
@@ -177,13 +183,15 @@ def test_compiled_the_kernels_are_one_operator() -> None:
 
 
 @pytest.mark.skipif("triton" not in FAST, reason="Triton is not installed")
-@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize(("rounds", "probes"), [(0, 0), (2, 1), (1, 3)])
 @pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
-def test_the_operator_keeps_what_torch_asks_of_one(rounds: int, packed: bool) -> None:
+def test_the_operator_keeps_what_torch_asks_of_one(rounds: int, probes: int, packed: bool) -> None:
     """torch's own examination: schema, autograd, and that the shapes and strides foretold are those that come."""
     from lshv2.attention.kernels import compiled
 
-    q, k, v, _, q_ids, k_ids = draw(14, 1, 4, 2, 40, 16, rounds, 4, dtype=torch.float32)
+    q, k, v, _, q_ids, k_ids = draw(
+        14, 1, 4, 2, 40, 16, rounds * probes, 4, dtype=torch.float32, one_table=rounds == 1
+    )
     q, k, v = (laid_out(x, 0, 2, 1, 3) for x in (q, k, v))
     cu_seqlens = torch.tensor([0, 10, 40], device=DEVICE) if packed else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -191,6 +199,5 @@ def test_the_operator_keeps_what_torch_asks_of_one(rounds: int, packed: bool) ->
     inputs = [x.detach() for x in (q, k, v)]
     saved = compiled.attention(*inputs, q_ids, k_ids, cu_seqlens, 4, 8, 9, 2)
     grad = torch.ones_like(saved[0])
-    torch.library.opcheck(
-        compiled.attention_backward, (grad, *inputs, saved, cu_seqlens, rounds, 4, 8, 9, 2), test_utils=checks[::2]
-    )
+    arguments = (grad, *inputs, saved, cu_seqlens, rounds, probes, 4, 8, 9, 2)
+    torch.library.opcheck(compiled.attention_backward, arguments, test_utils=checks[::2])

@@ -9,6 +9,7 @@ import torch
 from attention_cases import (
     DEVICE,
     RESULTS,
+    TABLES,
     TOLERANCES,
     assert_close,
     assert_is_the_oracle,
@@ -41,6 +42,13 @@ def test_equals_the_oracle_at_full_width(dtype: torch.dtype, dim: int, bucket_si
     """The reference's head counts and rounds, a ragged length beyond many tiles, and the longest rows of tiles."""
     tensors = draw(1, 1, 12, 4, 1999, dim, 4, 16, dtype=dtype)
     assert_is_the_oracle("triton", tensors, **{**SIZES, "n_buckets": 16, "bucket_size": bucket_size})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_one_table_equals_the_oracle_at_full_width(dtype: torch.dtype) -> None:
+    """The same, of one table that every query probes four times; with 16 buckets, one query in three twice alike."""
+    tensors = draw(9, 1, 12, 4, 1999, 64, 4, 16, dtype=dtype, one_table=True)
+    assert_is_the_oracle("triton", tensors, **{**SIZES, "n_buckets": 16, "bucket_size": 128})
 
 
 def test_the_kernels_are_chosen_here() -> None:
@@ -121,8 +129,9 @@ def test_addresses_beyond_two_to_the_31st_element() -> None:
         assert torch.equal(a[:, 0], b[:, -1]), f"{name} of the last head differs"
 
 
-def test_a_million_tokens_forward_and_backward() -> None:
-    tensors = draw(8, 1, 2, 1, 1 << 20, 64, 4, 8192, dtype=torch.bfloat16)
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
+def test_a_million_tokens_forward_and_backward(one_table: bool) -> None:
+    tensors = draw(8, 1, 2, 1, 1 << 20, 64, 4, 8192, dtype=torch.bfloat16, one_table=one_table)
     results = out_and_grads("triton", tensors, **{**SIZES, "n_buckets": 8192, "bucket_size": 128})
     assert all(x.isfinite().all() for x in results)
     # the first query sees one key, and its weight is one whatever the query: no gradient

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import TABLES, draw
 from small_models import PONDER, ids, small
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lshv2.attention import lsh_attention
 from lshv2.benchmark import decoding as benchmark
 from lshv2.decoding import Cache
 from lshv2.generation import GraphedStep
+from lshv2.layers import rotary_angles
 from lshv2.model import LSHModel
 
 
@@ -41,6 +44,8 @@ def decoding_error(model: LSHModel, x: Tensor, lengths: list[int]) -> float:
 CONFIGURATIONS = {
     "plain": {},
     "cross_polytope": dict(hashing="cross_polytope"),
+    "inverted_file": dict(hashing="inverted_file"),
+    "inverted_file_of_few_cells": dict(hashing="inverted_file", n_buckets=2, n_rounds=4),
     "ponder": PONDER,
     "ponder_cross_polytope": dict(**PONDER, hashing="cross_polytope"),
     "one_bucket": dict(n_buckets=1),
@@ -65,6 +70,34 @@ def test_decoding_equals_the_full_forward(changes: dict[str, Any], lengths: list
     """Prompts of one token, below and far above the window, rows of two lengths; rings wrap many times."""
     error = decoding_error(small(**changes), ids(2, 130), lengths)
     assert error < 1e-12, f"logits differ by {error:.1e}"
+
+
+@pytest.mark.parametrize("lengths", [[1, 4], [90, 41]], ids=str)
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
+@pytest.mark.parametrize("n_buckets", [4, 64])
+def test_a_layers_cache_equals_the_operator(n_buckets: int, one_table: bool, lengths: list[int]) -> None:
+    """On drawn buckets: a table a round, or one that every query probes three times, often twice at the same bucket."""
+    config, length = small(n_buckets=n_buckets).config, 130
+    drawn = draw(1, 2, 4, 2, length, 8, 3, n_buckets, one_table=one_table)
+    q, k, v, _, q_ids, k_ids = (x.detach().cpu() for x in drawn)
+    expected = lsh_attention(
+        q, k, v, q_ids, k_ids, n_buckets=n_buckets, bucket_size=config.bucket_size, window=config.window,
+        n_global=config.n_global, backend="reference",
+    )
+    cache = Cache(config, lengths, rotary_angles(length, config, q.device))
+    layer, cursor, x = cache.layers[0], cache.cursor, torch.zeros(2, max(lengths), config.d_model)
+    layer.fill(x, *(y[:, :, : max(lengths)] for y in (k, v)), k_ids[..., : max(lengths)])
+    assert len(layer.rings) == len(layer.slot) == 2 * 2 * (1 if one_table else 3) * n_buckets + 1
+    rows = torch.arange(2)
+    for step in range(length - max(lengths)):
+        at = torch.tensor(lengths) + step
+        cursor.claim()
+        cursor.begin()
+        new = (y[rows, :, at][:, :, None] for y in (q, k, v))
+        ids = (y[rows, :, :, at][..., None] for y in (q_ids, k_ids))
+        error = (layer.attend(x[:, :1], *new, *ids)[:, :, 0] - expected[rows, :, at]).abs().max().item()
+        assert error < 1e-12, f"step {step}: {error:.1e}"
+        cursor.end()
 
 
 def test_tokens_of_these_models_halt_at_every_step() -> None:

@@ -139,9 +139,22 @@ def test_own_tables_come_first_and_others_are_named_untrained(runs: Path) -> Non
     assert int(own.q_ids[:4].max()) < table.shape[2]
     more = explorer.pattern(**{**start, "n_rounds": 6})
     assert torch.equal(more.q_ids[:4], own.q_ids[:4]) and "rounds 1–4; <b>the tables of the others" in more.caption()
-    for other in ({"n_buckets": 2}, {"hashing": "cross_polytope"}):
+    for other in ({"n_buckets": 2}, {"hashing": "cross_polytope"}, {"hashing": "inverted_file"}):
         fresh = explorer.pattern(**{**start, **other})
         assert fresh.own_rounds == 0 and "these hash tables are untrained" in fresh.caption()
+
+
+def test_an_inverted_file_shows_the_models_own_cells(runs: Path) -> None:
+    """Rounds are the cells a query looks in: with all of a model's own, S(t) is what its attention sees."""
+    trained("cells", age=0, **{"model.hashing": "inverted_file", "model.n_buckets": 4})
+    explorer = Explorer(open_subject(length=32))
+    shown = explorer.pattern(**explorer.start)
+    assert "untrained" not in shown.caption() and shown.q_ids.shape == shown.k_ids.shape
+    attention = explorer.subject.model.blocks[0].attention  # type: ignore[union-attr]
+    layer = capture(explorer.subject.model, next(iter(explorer.subject.texts.values())))[0]
+    q_ids, k_ids = attention.hash(layer.q[None], layer.k[None])  # type: ignore[operator,union-attr]
+    rounds = q_ids.shape[2]
+    assert torch.equal(shown.q_ids[:rounds], q_ids[0, 0]) and torch.equal(shown.k_ids[0], k_ids[0, 0, 0])
 
 
 def test_the_newest_run_with_a_checkpoint_is_chosen(runs: Path) -> None:
@@ -188,7 +201,7 @@ def test_a_bad_subject_is_one_clear_line(runs: Path, run_dir: str, length: int, 
         ({"head": 4}, "head=4 is not between 0 and 3"), ({"layer": 99}, "layer=99 is not between 0 and 3"),
         ({"n_rounds": 9}, "n_rounds=9 is not between 0 and 8"),
         ({"n_buckets": 12}, "n_buckets=12 is not a power of two"),
-        ({"hashing": "md5"}, "hashing='md5' is unknown; allowed: codebooks, cross_polytope"),
+        ({"hashing": "md5"}, "hashing='md5' is unknown; allowed: codebooks, cross_polytope, inverted_file"),
         ({"text": "Hamlet"}, "text='Hamlet' is unknown; allowed: random ids"), ({"window": 0}, "window=0 is not"),
     ],
 )

@@ -7,7 +7,9 @@ import torch
 from attention_cases import DEVICE
 
 from lshv2.hashing import (
+    best_cells,
     bucket_ids,
+    cell_table,
     codebook_sums,
     codebook_tables,
     cross_polytope_tables,
@@ -157,3 +159,45 @@ def test_the_kernel_finds_the_same_buckets(  # type: ignore[no-untyped-def]
         assert got.dtype == torch.int32 and got.shape == want.shape
         assert clear.float().mean() > 0.98
         assert torch.equal(got[clear], want[clear]), f"{(got != want).float().mean().item():.4f} of the ids differ"
+
+
+def by_hand(x: torch.Tensor, table: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells in falling order of exact products, and whether no two of the first n + 1 are near: [B,H,n,T], [B,H,T]."""
+    centroids = table[:, 0].to(x.dtype).double().repeat_interleave(x.shape[1] // table.shape[0], dim=0)
+    scores = torch.einsum("bhtd,hcd->bhtc", x.double(), centroids)
+    values, order = scores.sort(dim=-1, descending=True)
+    gaps = values[..., :-1] - values[..., 1:]
+    clear = (gaps[..., :n] > 2e-3 * values.abs().amax(-1, keepdim=True)).all(-1)  # 13 bits of a product are compared
+    return order[..., :n].transpose(-1, -2).int(), clear
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n_cells", "n"), [(1, 1), (2, 2), (100, 3), (1024, 1), (1024, 8)])
+def test_the_best_cells_come_first(n_cells: int, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, x = cell_table(2, n_cells, 16, generator()), torch.randn(2, 6, 200, 16, generator=generator(1)).to(dtype)
+    want, clear = by_hand(x, table, n)
+    got = best_cells(x, table, n)
+    assert got.dtype == torch.int32 and got.shape == (2, 6, n, 200)
+    seen = clear[:, :, None].expand(got.shape)
+    assert clear.float().mean() > 0.3 and torch.equal(got[seen], want[seen])
+    assert all(len(set(cells)) == n for cells in got.movedim(2, 3).reshape(-1, n).tolist()), "a cell twice"
+    monkeypatch.setattr("lshv2.hashing.SCORES", 1000)
+    assert (got != best_cells(x, table, n)).float().mean() < 1e-3, "in pieces"
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n_cells", "n", "groups", "dim"), [(1, 1, 1, 16), (40, 3, 2, 32), (256, 4, 3, 64), (64, 8, 1, 128)]
+)
+def test_the_kernel_finds_the_same_cells(n_cells: int, n: int, groups: int, dim: int, dtype: torch.dtype) -> None:
+    from lshv2.hashing_kernel import best_cells_triton, cells_supported
+
+    table = cell_table(2, n_cells, dim, generator())
+    x = torch.randn(2, 130, 2 * groups, dim, generator=generator(1)).to(dtype).transpose(1, 2)
+    want, (_, clear) = best_cells(x, table, n), by_hand(x, table, n)
+    assert cells_supported(x.to(DEVICE), n)
+    got = best_cells_triton(x.to(DEVICE), table.to(DEVICE), n).cpu()
+    seen = clear[:, :, None].expand(got.shape)
+    assert clear.float().mean() > 0.3 and torch.equal(got[seen], want[seen])
+    assert got.min() >= 0 and got.max() < n_cells and (got != want).float().mean() < 0.02

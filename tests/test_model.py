@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lshv2.config import ModelConfig, parse_size
 from lshv2.errors import UserError
+from lshv2.layers import rotary_angles
 from lshv2.losses import token_cross_entropy
 from lshv2.model import LSHModel, create_lsh_v2_model
 from lshv2.sizes import count_parameters, shape_for
@@ -100,7 +101,7 @@ def test_chunked_cross_entropy_equals_torch_s(rows: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("attention", ["lsh", "dense", "window"])
-@pytest.mark.parametrize("hashing", ["codebooks", "cross_polytope"])
+@pytest.mark.parametrize("hashing", ["codebooks", "cross_polytope", "inverted_file"])
 @torch.no_grad()
 def test_logits_depend_on_the_past_only(attention: str, hashing: str) -> None:
     model, x = small(attention=attention, hashing=hashing).eval(), ids()
@@ -188,6 +189,31 @@ def test_codebooks_move_while_training_only() -> None:
     fixed(x)
     fixed.update_hash()
     assert torch.equal(before[0], fixed.blocks[0].attention.tables[0])
+
+
+def test_an_inverted_file_follows_the_keys_alone() -> None:
+    """Centroids and mean move with the keys, whatever the queries are; without training nothing moves."""
+    model, x = small(hashing="inverted_file", n_layers=2), ids()  # each block is applied once
+    attention = model.blocks[0].attention
+    states = []
+    for queries in (1.0, -1.0):
+        other = small(hashing="inverted_file").train()
+        with torch.no_grad():
+            other.blocks[0].attention.query.weight.mul_(queries)
+            other.blocks[0](other.embedding(x), *rotary_angles(x.shape[1], other.config, x.device))
+        other.update_hash()
+        states.append([other.blocks[0].attention.table0.clone(), other.blocks[0].attention.key_mean.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert states[0][1].any() and not torch.equal(states[0][0], attention.table0)
+    model.eval()(x)
+    model.update_hash()
+    assert not attention.key_mean.any()
+    model.train()
+    for _ in range(300):
+        model(x)
+        model.update_hash()
+    k = attention.project(model.blocks[0].attention_norm(model.embedding(x)))[1]
+    assert torch.allclose(attention.key_mean[:, 0], k.float().mean((0, 2)), atol=1e-4)
 
 
 def test_building_and_running_leave_the_global_generator_alone() -> None:

@@ -59,6 +59,8 @@ def _shape(rounds: int, bucket_size: int, window: int = 256) -> Variant:
 
 
 CROSS_POLYTOPE = {"model.hashing": "cross_polytope"}
+INVERTED_FILE = {"model.hashing": "inverted_file"}
+FINE = {"model.n_rounds": 8, "model.bucket_size": 32}  # as many keys in smaller pieces
 VARIANTS: dict[str, Variant] = {
     "codebooks_half": Variant(),
     "dense_full": _dense(1.0),
@@ -66,6 +68,15 @@ VARIANTS: dict[str, Variant] = {
     "cross_polytope_half": Variant(CROSS_POLYTOPE),
     "centred_half": Variant(CROSS_POLYTOPE, "centred"),
     "window_half": Variant({"model.attention": "window"}),
+    # the keys of R·W + window, all of them the most recent: what finding has to beat
+    "window_512_half": Variant({"model.attention": "window", "model.window": 512}, only="language"),
+    "inverted_file_half": Variant(INVERTED_FILE),
+    "inverted_file_quarter": Variant({**INVERTED_FILE, "model.rotary_fraction": 0.25}),
+    "inverted_file_content": Variant({**INVERTED_FILE, "model.rotary_fraction": 0.0}),
+    "inverted_file_r8": Variant({**INVERTED_FILE, **FINE}, only="language"),
+    "inverted_file_r8_quarter": Variant({**INVERTED_FILE, **FINE, "model.rotary_fraction": 0.25}, only="language"),
+    "inverted_file_coarse": Variant({**INVERTED_FILE, "model.n_buckets": 16}, only="language-2048"),
+    "centred_quarter": Variant({**CROSS_POLYTOPE, "model.rotary_fraction": 0.25}, "centred"),
     "codebooks_full": _rotary(1.0),
     "codebooks_quarter": _rotary(0.25),
     "codebooks_content": _rotary(0.0),

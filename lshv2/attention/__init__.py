@@ -7,6 +7,9 @@ Query token t sees each key s in  S(t) = Local(t) ∪ Global(t) ∪ Bucket_1(t) 
     Global(t)   = the first `n_global` tokens of the document, as far as they are past
     Bucket_r(t) = the `bucket_size` most recent keys s <= t with k_buckets[r, s] == q_buckets[r, t]
 and out(t) is one softmax over that union of q·k/√D: a key counts once, however many rounds found it.
+With k_buckets of one round there is one table, in which every query looks into R buckets, k_buckets[0] standing for
+each k_buckets[r]: an inverted file with multi-probe (Jégou et al. 2011, Lv et al. 2007). Its buckets are disjoint, so
+that different probes find nothing twice and keys are sorted once: the faster form.
 Output at t depends on tokens <= t only. Memory is linear in T. Bucket ids come from `lshv2.hashing`, or anywhere.
 
 Backends: "reference" (dense mask from the definition, the oracle), "triton" (GPU kernels, linear memory), "torch"
@@ -53,8 +56,9 @@ def lsh_attention(
 ) -> Tensor:
     """Attention over S(t), differentiable in q, k and v.
 
-    q [B,H,T,D]; k, v [B,K,T,D] with H a multiple of K; q_buckets [B,H,R,T], k_buckets [B,K,R,T] integers in
-    [0, n_buckets); cu_seqlens [documents + 1] ascending from 0 to T: no token sees another document.
+    q [B,H,T,D]; k, v [B,K,T,D] with H a multiple of K; q_buckets [B,H,R,T], k_buckets [B,K,R,T], or for one table
+    [B,K,1,T], integers in [0, n_buckets); cu_seqlens [documents + 1] ascending from 0 to T: no token sees another
+    document. A key counts once, even if a query names its bucket twice.
     Returns [B,H,T,D] in q's dtype. Raises ValueError on shapes that do not fit or an unknown backend.
     """
     _check(q, k, v, q_buckets, k_buckets, n_buckets, bucket_size, window, n_global)
@@ -103,9 +107,12 @@ def _check(
     if k.shape != v.shape or k.shape[0] != batch or k.shape[2:] != (length, dim) or n_heads % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not [B,H,T,D], [B,K,T,D]")
     rounds = q_buckets.shape[2]
-    for name, ids, heads in (("q_buckets", q_buckets, n_heads), ("k_buckets", k_buckets, k.shape[1])):
-        if ids.shape != (batch, heads, rounds, length):
-            raise ValueError(f"{name} {tuple(ids.shape)} is not [B,heads,R,T] = {(batch, heads, rounds, length)}")
+    if q_buckets.shape != (batch, n_heads, rounds, length):
+        raise ValueError(f"q_buckets {tuple(q_buckets.shape)} is not [B,H,R,T] = {(batch, n_heads, rounds, length)}")
+    table = (batch, k.shape[1], rounds, length)
+    if k_buckets.shape not in (table, (*table[:2], min(1, rounds), length)):
+        raise ValueError(f"k_buckets {tuple(k_buckets.shape)} is neither [B,K,R,T] = {table} nor, one table, [B,K,1,T]")
+    for name, ids in (("q_buckets", q_buckets), ("k_buckets", k_buckets)):
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"{name} must be integers, got {ids.dtype}")
     if min(n_buckets, bucket_size, window) < 1 or n_global < 0:

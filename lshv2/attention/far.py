@@ -3,9 +3,11 @@
 The queries of a group are sorted by (bucket, position), all G heads together, and cut into tiles; a tile's keys are
 the ranks from its lowest `lo` to its highest `hi`. Stretches are ragged, so tiles are batched by stretch length and
 long stretches are cut into pieces. Since `lo` and `hi` ascend along the sorted queries, the stretches of a round
-overlap by at most W a tile: the total is O(T) whatever the data.
+overlap by at most W a tile: the total is O(T) whatever the data. Probes of one table are rounds that share its sorted
+keys: they stay apart, because a batch may merge into a query's result only once.
 
-Legend: N = B·K groups, M = G·T queries of a group, R rounds, Q query tile, C key columns of a batch, b tiles in it.
+Legend: N = B·K groups, M = G·T queries of a group, R rounds or probes of one table, Q query tile, C key columns of a
+batch, b tiles in it.
 """
 
 from __future__ import annotations
@@ -45,13 +47,18 @@ class FarTiles:
 
     def __init__(self, tables: Intervals) -> None:
         self.tables = tables
-        self.n, self.rounds, self.length = tables.order.shape
-        self.queries = tables.lo.shape[-1]
+        self.n, self.n_tables, self.length = tables.order.shape
+        self.rounds, self.queries = tables.lo.shape[1:]
         flat = (self.rounds, self.n * self.queries)
         self.lo, self.hi = tables.lo.transpose(0, 1).reshape(flat), tables.hi.transpose(0, 1).reshape(flat)  # [R,N*M]
 
     def __iter__(self) -> Iterator[Batch]:
-        for r in range(self.rounds):
+        for table in range(self.n_tables):
+            yield from self.of_table(table)
+
+    def of_table(self, table: int) -> Iterator[Batch]:
+        """The batches of the rounds that look in one table."""
+        for r in range(table, self.rounds, self.n_tables):
             yield from self.round(r)
 
     def round(self, r: int) -> Iterator[Batch]:
@@ -60,7 +67,7 @@ class FarTiles:
         if rows is None:
             return
         assert first is not None and steps is not None
-        positions = self._positions(r)
+        positions = self._positions(self.tables.table(r))
         ranks = self._earlier_ranks(r)
         piece = 0
         while True:
@@ -104,18 +111,20 @@ class FarTiles:
         keep = steps > 0
         return rows[keep], (low + group * self.length)[keep], steps[keep]
 
-    def _positions(self, r: int) -> Tensor:
-        """Flat key index at each flat rank of round r: [N*T]."""
+    def _positions(self, table: int) -> Tensor:
+        """Flat key index at each flat rank of a table: [N*T]."""
         group = torch.arange(self.n, device=self.tables.order.device)[:, None]
-        return (self.tables.order[:, r] + group * self.length).flatten()
+        return (self.tables.order[:, table] + group * self.length).flatten()
 
-    def places(self, r: int) -> Tensor:
-        """Flat rank in round r of each flat key index: [N*T], the inverse of `_positions`."""
+    def places(self, table: int) -> Tensor:
+        """Flat rank in a table of each flat key index: [N*T], the inverse of `_positions`."""
         group = torch.arange(self.n, device=self.tables.rank.device)[:, None]
-        return (self.tables.rank[:, r] + group * self.length).flatten()
+        return (self.tables.rank[:, table] + group * self.length).flatten()
 
     def _earlier_ranks(self, r: int) -> list[Tensor]:
-        """For each earlier round: the rank there of the key at each rank here, flat [N*T]."""
+        """For each earlier round with another table: the rank there of the key at each rank here, flat [N*T]."""
+        if self.n_tables < self.rounds:
+            return []
         order = self.tables.order[:, r]
         return [self.tables.rank[:, e].gather(-1, order).flatten() for e in range(r)]
 
@@ -161,9 +170,9 @@ def far_backward(
 ) -> None:
     """Add the bucket rounds' gradients to dq [N*M+1,D], dk, dv [N*T,D]; grad [N*M+1,D], lse, delta [N*M+1]."""
     scale = q.shape[-1] ** -0.5
-    for r in range(tiles.rounds):
+    for table in range(tiles.n_tables):
         dk_sorted, dv_sorted = (x.new_zeros(x.shape[0] + MAX_STEPS * KEY_STEP, x.shape[1]) for x in (dk, dv))
-        for batch in tiles.round(r):
+        for batch in tiles.of_table(table):
             q_b, k_b, grad_b = _take(q, batch.rows), _take(k, batch.keys), _take(grad, batch.rows)
             scores = torch.bmm(q_b, k_b.transpose(1, 2)).mul_(scale)
             weights = scores.sub_(_take(lse, batch.rows)[..., None]).masked_fill_(batch.hidden, float("-inf")).exp_()
@@ -174,7 +183,7 @@ def far_backward(
             dk_b, dv_b = torch.bmm(dscores.transpose(1, 2), q_b), torch.bmm(weights.transpose(1, 2), grad_b)
             _add_stretches(dk_sorted, batch.ranks, dk_b)
             _add_stretches(dv_sorted, batch.ranks, dv_b)
-        place = tiles.places(r)
+        place = tiles.places(table)
         dk += _take(dk_sorted, place)
         dv += _take(dv_sorted, place)
 

@@ -19,7 +19,7 @@ def interval_mask(
     q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int, window: int, n_global: int,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """S(t) as bool [B,H,T,T]; q_buckets [B,H,R,T], k_buckets [B,K,R,T]."""
+    """S(t) as bool [B,H,T,T]; q_buckets [B,H,R,T], k_buckets [B,K,R or 1,T]."""
     batch, n_heads, rounds, length = q_buckets.shape
     start = document_starts(length, cu_seqlens, q_buckets.device)
     if cu_seqlens is not None:  # a bucket of a document is a bucket of its own
@@ -31,7 +31,8 @@ def interval_mask(
     near = (distance >= 0) & ((distance < window) | (position - start < n_global)) & (start[:, None] == start)
     visible = near.expand(tables.lo.shape[0], n_heads // k_buckets.shape[1], length, length).flatten(1, 2).clone()
     for r in range(rounds):
-        rank, lo, hi = tables.rank[:, r, None], tables.lo[:, r, :, None], tables.hi[:, r, :, None]
+        rank = tables.rank[:, tables.table(r), None]
+        lo, hi = tables.lo[:, r, :, None], tables.hi[:, r, :, None]
         visible |= (rank >= lo) & (rank < hi)
     return visible.view(batch, n_heads, length, length)
 
@@ -40,7 +41,7 @@ def lsh_attention_masked(
     q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
     window: int, n_global: int = 0, cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R,T] -> out [B,H,T,D]."""
+    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R or 1,T] -> out [B,H,T,D]."""
     with region("hashing"):
         mask = interval_mask(
             q_buckets, k_buckets, n_buckets=n_buckets, bucket_size=bucket_size, window=window, n_global=n_global,

@@ -1,7 +1,7 @@
 """The oracle: LSH attention as a dense masked softmax, word for word after its definition.
 
 O(T²) time and memory: for tests and small shapes. Shares nothing with the fast paths (no sorting, no intervals).
-Legend: B batch, H query heads, K key/value heads (H = G·K), T tokens, D head dim, R rounds.
+Legend: B batch, H query heads, K key/value heads (H = G·K), T tokens, D head dim, R rounds or probes of one table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def visible_set(
     q_buckets: Tensor, k_buckets: Tensor, *, bucket_size: int, window: int, n_global: int,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """S(t) as a mask: q_buckets [B,H,R,T], k_buckets [B,K,R,T] -> bool [B,H,T,T], True where query t sees key s."""
+    """S(t) as a mask: q_buckets [B,H,R,T], k_buckets [B,K,R,T] or, one table for all R probes, [B,K,1,T] ->
+    bool [B,H,T,T], True where query t sees key s."""
     batch, n_heads, rounds, length = q_buckets.shape
     device = q_buckets.device
     groups = n_heads // k_buckets.shape[1]
@@ -39,7 +40,8 @@ def visible_set(
     sinks = (s - start[:, None] < n_global) & allowed
     visible = (local | sinks).expand(batch, n_heads, length, length).clone()
     for r in range(rounds):
-        keys = k_buckets[:, :, r].repeat_interleave(groups, dim=1)  # [B,H,T]
+        table = r if k_buckets.shape[2] > 1 else 0
+        keys = k_buckets[:, :, table].repeat_interleave(groups, dim=1)  # [B,H,T]
         match = (q_buckets[:, :, r, :, None] == keys[:, :, None, :]) & allowed
         newer = match.flip(-1).cumsum(-1).flip(-1)  # matching keys at positions >= s, s included
         visible |= match & (newer <= bucket_size)

@@ -64,7 +64,7 @@ def lsh_attention_tiled(
     q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
     window: int, n_global: int = 0, cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R,T] -> out [B,H,T,D] in q's dtype."""
+    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R or 1,T] -> out [B,H,T,D] in q's dtype."""
     if cu_seqlens is not None:  # documents see nothing of each other: each is its own call
         bounds = cu_seqlens.tolist()
         outs = [

@@ -41,7 +41,7 @@ def random_cache(model: LSHModel, batch: int, context: int, capacity: int, gener
     """A cache as after a prefill of `context` tokens a row, holding random numbers, the same in every layer."""
     config, weight = model.config, model.embedding.weight
     cache = Cache(config, [context] * batch, rotary_angles(capacity, config, weight.device))
-    heads, rounds = config.n_kv_heads, config.n_rounds
+    heads, rounds = config.n_kv_heads, 1 if config.hashing == "inverted_file" else config.n_rounds
     k, v = (torch.randn(batch, heads, context, config.head_dim, generator=generator).to(weight) for _ in range(2))
     ids = torch.randint(0, config.resolved_n_buckets, (batch, heads, rounds, context), generator=generator)
     x = torch.randn(batch, 1, config.d_model, generator=generator).to(weight)

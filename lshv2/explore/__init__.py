@@ -22,9 +22,8 @@ from lshv2.config import ModelConfig
 from lshv2.data.tokenizer import encode
 from lshv2.errors import UserError
 from lshv2.explore.figures import LINES, bucket_map, caught_figure, mass_figure
-from lshv2.explore.pattern import MAX_ROUNDS, Pattern, hash_tables
+from lshv2.explore.pattern import MAX_ROUNDS, Pattern, hash_tables, round_ids
 from lshv2.explore.subject import MAX_LENGTH, Subject, capture, open_subject
-from lshv2.hashing import bucket_ids
 
 __all__ = ["MAX_ROUNDS", "Explorer", "Pattern", "Subject", "open_subject"]
 
@@ -70,8 +69,7 @@ class Explorer:
         chosen = layers[layer]
         tables, own = hash_tables(chosen.attention, n_buckets, hashing, self.subject.seed)
         kv = head * self.config.n_kv_heads // self.config.n_heads
-        one = [table[kv : kv + 1] for table in tables]
-        q_ids, k_ids = (bucket_ids(x[None, None], one) for x in (chosen.q[head], chosen.k[kv]))
+        q_ids, k_ids = round_ids(chosen.attention, hashing, tables, kv, chosen.q[head], chosen.k[kv])
         limits: dict[str, Any] = dict(bucket_size=bucket_size, window=window)
         none = q_ids[:, :, :0]
         seen = [visible_set(none, none, n_global=self.config.n_global, **limits)[0, 0]]

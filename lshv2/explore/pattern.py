@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 from lshv2.errors import UserError
-from lshv2.hashing import codebook_tables, cross_polytope_tables
+from lshv2.hashing import best_cells, bucket_ids, cell_table, codebook_tables, cross_polytope_tables
 from lshv2.layers import Attention
 
 MAX_ROUNDS = 8
 TOP_K = 8  # the keys that dense attention weighs most: how many of them are seen?
-HASHES = {"codebooks": codebook_tables, "cross_polytope": cross_polytope_tables}
+HASHES = {
+    "codebooks": codebook_tables, "cross_polytope": cross_polytope_tables,
+    "inverted_file": lambda n_kv, _, n_cells, dim, generator: [cell_table(n_kv, n_cells, dim, generator)],
+}
 
 
 def hash_tables(attention: Attention, n_buckets: int, hashing: str, seed: int) -> tuple[list[Tensor], int]:
-    """Tables of MAX_ROUNDS rounds, one [K,R,C,Dp] a part, and how many of the rounds are the model's own.
+    """Tables of MAX_ROUNDS rounds, one [K,R,C,Dp] a part (an inverted file has one for all of them), and how many of
+    the rounds are the model's own.
 
     The model's own rounds come first where it has tables of this kind and size; the others are drawn from `seed`.
     """
@@ -39,8 +43,23 @@ def hash_tables(attention: Attention, n_buckets: int, hashing: str, seed: int) -
         raise UserError(str(error)) from None
     if not attention.n_tables or (hashing, n_buckets) != (config.hashing, config.resolved_n_buckets):
         return tables, 0
+    if hashing == "inverted_file":
+        return attention.tables, MAX_ROUNDS
     own = [table[:, :MAX_ROUNDS] for table in attention.tables]
     return [torch.cat([a, b[:, a.shape[1] :]], dim=1) for a, b in zip(own, tables, strict=True)], own[0].shape[1]
+
+
+def round_ids(attention: Attention, hashing: str, tables: list[Tensor], kv: int, q: Tensor, k: Tensor) -> list[Tensor]:
+    """Bucket ids [1,1,MAX_ROUNDS,T] of one head's q and k [T,D], with the tables of key head `kv`."""
+    one = [table[kv : kv + 1] for table in tables]
+    if hashing != "inverted_file":
+        return [bucket_ids(x[None, None], one) for x in (q, k)]
+    n = min(MAX_ROUNDS, one[0].shape[2])
+    cells = best_cells(q[None, None], one[0], n)
+    mean = attention.get_buffer("key_mean")[kv] if attention.config.hashing == "inverted_file" else k.mean(0)
+    places = best_cells((k - mean)[None, None], one[0], 1).expand(-1, -1, MAX_ROUNDS, -1)
+    # rounds beyond the last cell look there again and find nothing new
+    return [torch.cat([cells, cells[:, :, -1:].expand(-1, -1, MAX_ROUNDS - n, -1)], 2), places]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lshv2.attention.kernels.common import packing_of
 from lshv2.attention.kernels.operator import attention_backward, attention_forward
-from lshv2.attention.kernels.tables import packing_of
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -44,7 +44,7 @@ def lsh_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, *, n_buckets: int, bucket_size: int,
     window: int, n_global: int = 0, cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R,T] -> out [B,H,T,D] in q's dtype."""
+    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R or 1,T] -> out [B,H,T,D] in q's dtype."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     sizes = (n_buckets, bucket_size, window, n_global)
     if torch.compiler.is_compiling():

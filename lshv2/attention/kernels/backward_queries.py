@@ -15,15 +15,18 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import (
     LOG2_E,
+    Packing,
+    document_pointers,
     earlier_rows,
     found_earlier,
+    numbered,
     precision,
     tile_for,
     tile_of_queries,
     within,
 )
 from lshv2.attention.kernels.forward import sink_block
-from lshv2.attention.kernels.tables import Packing, Tables, document_pointers
+from lshv2.attention.kernels.tables import Tables
 from lshv2.launch import cdiv, launch
 
 
@@ -53,8 +56,8 @@ def _share(q_tile, k_tile, v_tile, grad_tile, seen, lse, delta, scale, PRECISION
 def _far_queries(
     q, k, v, grad, lse, delta, part, sorted_lse, sorted_delta, order, queries, low, length, ranks, lows, scale,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, T, Tp, M, Mp, n_kv, groups, bucket_size,
-    first_round, G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    first_round, G: tl.constexpr, R: tl.constexpr, PROBES: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):
     n, r = tl.program_id(1).to(tl.int64), first_round + tl.program_id(2)
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -66,8 +69,9 @@ def _far_queries(
         queries, low, length, lows + pair * Mp, row, i, r, groups * Mp, OTHER, EARLIER, MIXED
     )
     busy = count > 0
-    head, t = m % G, (m // G).to(tl.int64)
+    head, probe, t = numbered(m, G, PROBES)
     inside = i < M
+    M = M // PROBES
     lse_tile = tl.load(lse + n * M + head * T + t, mask=busy, other=0.0)
     delta_tile = tl.load(delta + n * M + head * T + t, mask=busy, other=0.0)
     tl.store(sorted_lse + row, lse_tile)  # in the order in which `far_keys` reads them
@@ -98,7 +102,7 @@ def _far_queries(
             _, share = _share(q_tile, k_tile, v_tile, grad_tile, seen, lse_tile, delta_tile, scale, PRECISION)
             acc = tl.dot(share.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
         begin = tl.min(tl.where(busy & (first >= stop), first, end), axis=0)
-    rows = part + ((r * groups + n) * M + head * T + t) * D
+    rows = part + (((r + probe) * groups + n) * M + head * T + t) * D
     tl.store(rows[:, None] + d[None, :], acc.to(part.dtype.element_ty), mask=inside[:, None])
 
 
@@ -194,11 +198,11 @@ def _sum_sinks(
 def far_queries(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, tables: Tables, per_launch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rounds' shares of dq, still to be scaled, [R,N,G,T,D] in q's dtype; lse and delta sorted, [N,R,Mp]."""
+    """The rounds' shares of dq, still to be scaled, [R·P,N,G,T,D] in q's dtype; lse and delta sorted, [N,R,Mp]."""
     length, dim = q.shape[2:]
     groups, rounds, tall = tables.queries.shape
     heads = q.shape[1] // k.shape[1]
-    part = q.new_empty(rounds, groups, heads, length, dim)
+    part = q.new_empty(rounds * tables.probes, groups, heads, length, dim)
     sorted_lse, sorted_delta = lse.new_empty(2, groups, rounds, tall).unbind()
     tile = tile_for("far_queries", dim, q.dtype)
     for first in range(0, rounds, per_launch):
@@ -208,9 +212,10 @@ def far_queries(
             (q, k, v, grad, lse, delta, part, sorted_lse, sorted_delta, tables.order, tables.queries, tables.low,
              tables.length, tables.ranks, tables.lows),
             (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
-             length, tables.order.shape[2], heads * length, tall, k.shape[1], groups, tables.bucket_size, first),
-            G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(q.dtype),
-            **tile.options(),
+             length, tables.order.shape[2], length * tables.probes * heads, tall, k.shape[1], groups,
+             tables.bucket_size, first),
+            G=heads, R=rounds, PROBES=tables.probes, EARLIER=first + count - 1, MIXED=count > 1, D=dim,
+            PRECISION=precision(q.dtype), **tile.options(),
         )
     return part, sorted_lse, sorted_delta
 

@@ -1,4 +1,4 @@
-"""What the forward and backward kernels share: who sees which key, and how large the tiles are.
+"""What the forward and backward kernels share: who sees which key, documents sharing a row, how large the tiles are.
 
 Sizes are in tokens. One program owns one tile of queries (or of keys) and loops over tiles of the other side.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 NOWHERE = tl.constexpr(1 << 30)  # a low that no padded rank comes near
 LOG2_E = 1.4426950408889634  # kernels work in powers of two: exp2 is the hardware's instruction
@@ -61,10 +62,38 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Documents that share a row: index int32 [T] of each token's document, bounds int32 [documents + 1]."""
+
+    index: Tensor
+    bounds: Tensor
+
+
+def packing_of(cu_seqlens: Tensor | None, length: int, device: torch.device) -> Packing | None:
+    """cu_seqlens [documents + 1] -> Packing, on the device, or None."""
+    if cu_seqlens is None:
+        return None
+    bounds = cu_seqlens.to(device=device, dtype=torch.int32)
+    tokens = torch.arange(length, dtype=torch.int32, device=device)
+    return Packing(torch.searchsorted(bounds, tokens, right=True, out_int32=True) - 1, bounds)
+
+
+def document_pointers(packing: Packing | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """A kernel's two arguments for documents; without packing it reads neither."""
+    return (unused, unused) if packing is None else (packing.index, packing.bounds)
+
+
 @triton.jit
 def within(distance, length):
     """0 <= distance < length in one comparison: as an unsigned number, a negative distance is a large one."""
     return distance.to(tl.uint32, bitcast=True) < length
+
+
+@triton.jit
+def numbered(m, G: tl.constexpr, PROBES: tl.constexpr):
+    """Head, probe and position (64 bits) of query number m = (t·PROBES + probe)·G + head of a group and table."""
+    return m % G, m // G % PROBES, (m // (G * PROBES)).to(tl.int64)
 
 
 @triton.jit

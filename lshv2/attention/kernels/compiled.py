@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lshv2.attention.kernels import operator
-from lshv2.attention.kernels.tables import Packing, empty_tables, packing_of, tables_in
+from lshv2.attention.kernels.common import Packing, packing_of
+from lshv2.attention.kernels.tables import empty_tables, tables_in
 
 SIZES = "int n_buckets, int bucket_size, int window, int n_global"
 
@@ -35,29 +36,30 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, cu_seqlens: Tensor | None, *sizes: int
 ) -> list[Tensor]:
     batch, n_heads, length, dim = q.shape
-    rounds, n_kv = q_buckets.shape[2], k.shape[1]
+    groups, rounds = batch * k.shape[1], k_buckets.shape[2]
     out = q.new_empty(batch, length, n_heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, n_heads, length, dtype=torch.float32)
     if not rounds:
         return [out, lse]
-    return [out, lse, empty_tables(batch * n_kv, rounds, length, n_heads // n_kv * length, q.device)]
+    queries = batch * n_heads * q_buckets.shape[2] * length // (groups * rounds)
+    return [out, lse, empty_tables(groups, rounds, length, queries, q.device)]
 
 
 @torch.library.custom_op(
     "lshv2::attention_backward", mutates_args=(),
-    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] saved, Tensor? cu_seqlens, int n_rounds, {SIZES})"
-    " -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] saved, Tensor? cu_seqlens, int n_rounds,"
+    f" int n_probes, {SIZES}) -> (Tensor, Tensor, Tensor)",
 )
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor], cu_seqlens: Tensor | None, n_rounds: int,
-    n_buckets: int, bucket_size: int, window: int, n_global: int,
+    n_probes: int, n_buckets: int, bucket_size: int, window: int, n_global: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; saved: what `attention` returned."""
+    """dq, dk, dv; saved: what `attention` returned, of n_rounds tables and n_probes buckets a query and table."""
     tables = None
     if len(saved) > 2:
         batch, n_heads, length, _ = q.shape
-        n_kv = k.shape[1]
-        tables = tables_in(saved[2], batch * n_kv, n_rounds, length, n_heads // n_kv * length, bucket_size)
+        groups, queries = batch * k.shape[1], n_heads // k.shape[1] * n_probes * length
+        tables = tables_in(saved[2], groups, n_rounds, length, queries, bucket_size, n_probes)
     packing: Packing | None = packing_of(cu_seqlens, q.shape[2], q.device)
     return operator.attention_backward(q, k, v, saved[0], saved[1], grad, tables, packing, window, n_global)
 
@@ -68,9 +70,10 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, q_buckets, _, cu_seqlens, *sizes = inputs
+    q, k, v, q_buckets, k_buckets, cu_seqlens, *sizes = inputs
+    rounds = k_buckets.shape[2]
     ctx.save_for_backward(q, k, v, cu_seqlens, *output)
-    ctx.sizes = (q_buckets.shape[2], *sizes)
+    ctx.sizes = (rounds, q_buckets.shape[2] // max(1, rounds), *sizes)
 
 
 def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
-"""Backward kernels that own sorted keys: each round's shares of dk and dv, the heads of a group summed in one program.
+"""Backward kernels that own sorted keys: each table's shares of dk and dv, heads and probes summed in one program.
 
-`far_keys`: a program owns a tile of sorted keys of one (group, round). First ranks and ends of spans ascend along the
+`far_keys`: a program owns a tile of sorted keys of one (group, table). First ranks and ends of spans ascend along the
 sorted queries, so all queries that see the tile are one stretch of them, found beforehand by binary search. It leaves
 the shares at the keys' positions. Keys that very many queries see must not hold up the rest: blocks of BULK queries
 that lie wholly inside a stretch are done by programs of their own, and `_add_bulk` adds what they left. A query sees a
@@ -19,6 +19,7 @@ from lshv2.attention.kernels.common import (
     add_gradients,
     earlier_rows,
     found_earlier,
+    numbered,
     precision,
     tile_for,
     within,
@@ -53,7 +54,8 @@ def _stretches(low, length, stretches, T, M, Mp, OWN: tl.constexpr, BLOCK: tl.co
     tiles = tl.cdiv(T, OWN)
     stretches += (row * tiles + tile) * 2
     first = _first_query(low + row * Mp, length + row * Mp, tile * OWN, M, False)
-    end = _first_query(low + row * Mp, length + row * Mp, tile * OWN + OWN, M, True)
+    behind = tl.minimum(tile * OWN + OWN, T)  # spans that begin at T are empty: of buckets behind the last key
+    end = _first_query(low + row * Mp, length + row * Mp, behind, M, True)
     tl.store(stretches, first, mask=tile < tiles)
     tl.store(stretches + 1, end, mask=tile < tiles)
 
@@ -81,8 +83,8 @@ def _far_keys(
     q, k, v, grad, lse, delta, dk_part, dv_part, bulk, order, queries, low, length, ranks, lows, stretches, scale,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt,
     T, Tp, Mp, n_kv, groups, tiles, depth, bucket_size, first_round,
-    G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, BULK: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, PROBES: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, BULK: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):
     n, r = tl.program_id(1).to(tl.int64), first_round + tl.program_id(2)
     stretches += (n * R + r) * tiles * 2
@@ -121,7 +123,7 @@ def _far_keys(
         for j in range(start // 4 * 4, limit, OTHER):  # aligned, loads of consecutive words are wider
             i = tl.multiple_of(j, 4) + tl.arange(0, OTHER)
             m = tl.load(queries + row + i)
-            head, t = m % G, (m // G).to(tl.int64)
+            head, _, t = numbered(m, G, PROBES)
             q_tile = tl.load((q + head * sqh + t * sqt)[:, None] + d[None, :])
             grad_tile = tl.load((grad + head * sgh + t * sgt)[:, None] + d[None, :])
             first, count = tl.load(low + row + i), tl.load(length + row + i)
@@ -175,22 +177,23 @@ def _add_bulk(
 def far_keys(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, tables: Tables, per_launch: int
 ) -> tuple[Tensor, Tensor]:
-    """The rounds' shares of dk (still to be scaled) and dv, each [R,N,T,D] in k's dtype; lse, delta sorted."""
+    """The tables' shares of dk (still to be scaled) and dv, each [R,N,T,D] in k's dtype; lse, delta sorted."""
     n_kv, length, dim = k.shape[1:]
     groups, rounds, tall = tables.queries.shape
     heads = q.shape[1] // n_kv
+    queries = length * tables.probes * heads
     tile = tile_for("far_keys", dim, k.dtype)
     tiles = cdiv(length, tile.own)
     stretches = tables.low.new_empty(groups, rounds, tiles, 2)
     launch(
         _stretches, (cdiv(tiles, 32), groups * rounds, 1),
-        (tables.low, tables.length, stretches), (length, heads * length, tall), OWN=tile.own, BLOCK=32, num_warps=1
+        (tables.low, tables.length, stretches), (length, queries, tall), OWN=tile.own, BLOCK=32, num_warps=1
     )
     dk_part, dv_part = k.new_empty(2, rounds, groups, length, dim).unbind()
     # short inputs have no stretch worth a program more
-    bulk_size = BULK if heads * length >= 4 * BULK else 0
+    bulk_size = BULK if queries >= 4 * BULK else 0
     depth = cdiv(tables.bucket_size, tile.own) + 1
-    slots = heads * length // BULK * depth if bulk_size else 0
+    slots = queries // BULK * depth if bulk_size else 0
     bulk = lse.new_empty(rounds, groups, slots, 2, tile.own, dim)
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
@@ -200,8 +203,8 @@ def far_keys(
              tables.low, tables.length, tables.ranks, tables.lows, stretches),
             (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
              length, tables.order.shape[2], tall, n_kv, groups, tiles, depth, tables.bucket_size, first),
-            G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(k.dtype),
-            BULK=bulk_size, **tile.options(),
+            G=heads, R=rounds, PROBES=tables.probes, EARLIER=first + count - 1, MIXED=count > 1, D=dim,
+            PRECISION=precision(k.dtype), BULK=bulk_size, **tile.options(),
         )
     if slots:
         launch(

@@ -1,6 +1,6 @@
 """Forward kernels: the bucket rounds into partial results, then the local part, which merges them.
 
-`far_forward`: a program owns a tile of sorted queries of one (group, round) and walks the stretch of sorted keys that
+`far_forward`: a program owns a tile of sorted queries of one (group, table) and walks the stretch of sorted keys that
 they span, gathering rows of k and v by index; keys that an earlier round found are hidden. It leaves a normalised
 partial output and its log-sum-exp. `local_forward`: a program owns a tile of consecutive queries of one head, attends
 to window and sinks, merges the partial results and stores the output and one log-sum-exp (of base 2).
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from lshv2.attention.kernels.common import (
     LOG2_E,
+    Packing,
+    document_pointers,
     earlier_rows,
     found_earlier,
+    numbered,
     precision,
     tile_for,
     tile_of_queries,
     within,
 )
-from lshv2.attention.kernels.tables import Packing, Tables, document_pointers
+from lshv2.attention.kernels.tables import Tables
 from lshv2.launch import cdiv, launch, power_of_two
 
 
@@ -43,8 +46,8 @@ def _attend(q_tile, k_tile, v_tile, seen, peak, total, acc, scale, PRECISION: tl
 def _far_forward(
     q, k, v, part, part_lse, order, queries, low, length, ranks, lows, scale,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, T, Tp, M, Mp, n_kv, groups, bucket_size, first_round,
-    G: tl.constexpr, R: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, PROBES: tl.constexpr, EARLIER: tl.constexpr, MIXED: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):
     n, r = tl.program_id(1).to(tl.int64), first_round + tl.program_id(2)
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
@@ -56,7 +59,7 @@ def _far_forward(
         queries, low, length, lows + pair * Mp, row, i, r, groups * Mp, OTHER, EARLIER, MIXED
     )
     busy = count > 0
-    head, t = m % G, (m // G).to(tl.int64)
+    head, probe, t = numbered(m, G, PROBES)
     inside = i < M
     b, g = n // n_kv, n % n_kv
     q_rows = q + b * sqb + (g * G + head) * sqh + t * sqt
@@ -85,7 +88,7 @@ def _far_forward(
         begin = tl.min(tl.where(busy & (first >= stop), first, end), axis=0)
     found = total > 0
     safe = tl.where(found, total, 1.0)
-    row = (r * groups + n) * M + head * T + t
+    row = ((r + probe) * groups + n) * (M // PROBES) + head * T + t
     tl.store(part_lse + row, tl.where(found, peak * scale + tl.log2(safe), float("-inf")), mask=inside)
     acc = acc / safe[:, None]
     tl.store(part + row[:, None] * D + d[None, :], acc.to(part.dtype.element_ty), mask=(inside & found)[:, None])
@@ -156,16 +159,16 @@ def _local_forward(
 
 
 def far_forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, per_launch: int) -> tuple[Tensor, Tensor]:
-    """q [B,H,T,D], k, v [B,K,T,D] -> partial outputs [R,N,G,T,D] in q's dtype and their lse float32 [R,N,G,T].
+    """q [B,H,T,D], k, v [B,K,T,D] -> partial outputs [R·P,N,G,T,D] in q's dtype and their lse float32 [R·P,N,G,T].
 
     Rows that saw nothing hold -inf in the latter and anything in the former. All lse are of base 2.
     """
     length, dim = q.shape[2:]
     groups, rounds, tall = tables.queries.shape
     heads = q.shape[1] // k.shape[1]
-    queries = heads * length
-    part = q.new_empty(rounds, groups, heads, length, dim)
-    part_lse = q.new_empty(rounds, groups, heads, length, dtype=torch.float32)
+    queries = length * tables.probes * heads
+    part = q.new_empty(rounds * tables.probes, groups, heads, length, dim)
+    part_lse = q.new_empty(rounds * tables.probes, groups, heads, length, dtype=torch.float32)
     tile = tile_for("far_forward", dim, q.dtype)
     for first in range(0, rounds, per_launch):
         count = min(per_launch, rounds - first)
@@ -175,8 +178,8 @@ def far_forward(q: Tensor, k: Tensor, v: Tensor, tables: Tables, per_launch: int
              tables.lows),
             (dim**-0.5 * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
              length, tables.order.shape[2], queries, tall, k.shape[1], groups, tables.bucket_size, first),
-            G=heads, R=rounds, EARLIER=first + count - 1, MIXED=count > 1, D=dim, PRECISION=precision(q.dtype),
-            **tile.options(),
+            G=heads, R=rounds, PROBES=tables.probes, EARLIER=first + count - 1, MIXED=count > 1, D=dim,
+            PRECISION=precision(q.dtype), **tile.options(),
         )
     return part, part_lse
 

@@ -11,8 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lshv2.attention.kernels.common import LOG2_E, add_gradients, precision, tile_for, within
-from lshv2.attention.kernels.tables import Packing, document_pointers
+from lshv2.attention.kernels.common import (
+    LOG2_E,
+    Packing,
+    add_gradients,
+    document_pointers,
+    precision,
+    tile_for,
+    within,
+)
 from lshv2.launch import cdiv, launch
 
 

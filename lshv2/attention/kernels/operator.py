@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lshv2.attention.kernels.backward_queries import far_queries, local_queries, row_products
+from lshv2.attention.kernels.common import Packing
 from lshv2.attention.kernels.far_keys import far_keys
 from lshv2.attention.kernels.forward import far_forward, local_forward
 from lshv2.attention.kernels.local_keys import local_keys
-from lshv2.attention.kernels.tables import Packing, Tables, build_tables
+from lshv2.attention.kernels.tables import Tables, build_tables
 from lshv2.profiling import region
 
 SHORT = 1 << 15  # up to this many tokens in all, one launch serves all rounds: launching costs more than idle tests
@@ -28,10 +29,11 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, packing: Packing | None, n_buckets: int,
     bucket_size: int, window: int, n_global: int,
 ) -> tuple[Tensor, Tensor, Tables | None]:
-    """q [B,H,T,D], k, v [B,K,T,D] -> out [B,H,T,D], lse float32 [B,H,T] of base 2, and the tables (None if R is 0)."""
+    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R or 1,T] -> out [B,H,T,D], lse float32 [B,H,T] of base
+    2, and the tables (None if R is 0)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     tables = part = part_lse = None
-    rounds = q_buckets.shape[2]
+    rounds = k_buckets.shape[2]
     if rounds:
         with region("hashing"):
             tables = build_tables(
