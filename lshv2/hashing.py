@@ -28,8 +28,10 @@ import importlib.util
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
+SLOTS = 64  # a query looks in one cell of a slot at most: with more cells than this, not quite the best ones
 MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
 
 
@@ -119,16 +121,19 @@ def bucket_ids(x: Tensor, tables: list[Tensor]) -> Tensor:
 def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
     """The n cells of an inverted file that each vector points along most, the best first.
 
-    x [B,H,T,D], table [K,1,C,D] -> int32 [B,H,n,T] in [0, C), n <= C. Products with the centroids (rounded to x's
-    dtype) are summed in float32 (float64 stays float64); the cell's number takes the place of a product's last bits,
-    so that no two are equal and CPU and GPU rank alike.
+    x [B,H,T,D], table [K,1,C,D] -> int32 [B,H,n,T] in [0, C), n <= min(C, SLOTS). Cell c is in slot c modulo SLOTS, and
+    only the best of a slot counts: exact up to SLOTS cells or for n = 1, and far cheaper beyond. Products with the
+    centroids (rounded to x's dtype) are summed in float32 (float64 stays float64); the cell's number takes the place of
+    a product's last bits, so that no two are equal and CPU and GPU rank alike.
     """
     n_kv, _, size, dim = table.shape
+    if not 1 <= n <= min(size, SLOTS):
+        raise ValueError(f"{n} cells of {size} are asked for: between 1 and {min(size, SLOTS)}")
     if x.is_cuda and has_triton():
         from lshv2.hashing_kernel import best_cells_triton, best_cells_whole, cells_supported
 
-        if cells_supported(x, n):
-            return (best_cells_whole if torch.compiler.is_compiling() else best_cells_triton)(x, table, n)
+        if cells_supported(x):
+            return (best_cells_whole if torch.compiler.is_compiling() else best_cells_triton)(x, table, n, SLOTS)
     batch, n_heads, length, _ = x.shape
     work = torch.promote_types(x.dtype, torch.float32)
     bits = torch.int64 if work == torch.float64 else torch.int32
@@ -137,8 +142,11 @@ def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
     ids = []
     for part in x.reshape(batch, n_kv, -1, dim).split(max(1, SCORES // (batch * n_kv * size)), dim=2):
         ranked = ((part.to(work) @ directions).view(bits) & ~mask | number).view(work)
-        ids.append(ranked.topk(n, dim=-1).indices if n > 1 else ranked.argmax(-1, keepdim=True))
-    return torch.cat(ids, dim=2).view(batch, n_heads, length, n).transpose(-1, -2).to(torch.int32, copy=True)
+        if size > SLOTS:
+            ranked = pad(ranked, (0, -size % SLOTS), value=-torch.inf).unflatten(-1, (-1, SLOTS)).amax(-2)
+        winners = ranked.topk(n, dim=-1).values if n > 1 else ranked.amax(-1, keepdim=True)
+        ids.append(winners.view(bits) & mask)
+    return torch.cat(ids, dim=2).view(batch, n_heads, length, n).transpose(-1, -2).to(torch.int32).contiguous()
 
 
 @torch.no_grad()

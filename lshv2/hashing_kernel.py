@@ -11,8 +11,6 @@ from lshv2.launch import cdiv, launch, power_of_two
 
 BLOCK = 64  # tokens a program
 SCORES = 64  # directions a product, of one round or several
-COLUMNS = 32  # centroids a product, of an inverted file
-MAX_PROBES = 8  # best cells that registers hold
 
 
 @triton.jit
@@ -55,50 +53,33 @@ def _bucket_ids(
 
 
 @triton.jit
-def _empty_slots(N: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    slots = ()
-    for _ in tl.static_range(N):
-        slots = slots + (tl.full([BLOCK, COLUMNS], float("-inf"), tl.float32),)
-    return slots
-
-
-@triton.jit
 def _best_cells(
     x, table, ids, sxb, sxh, sxt, T, n_heads, G,
-    C: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):
-    """Each of COLUMNS slots keeps its N best products; the best of all slots are taken at the end."""
+    """Each slot keeps its best product, with the cell's number in its last bits; the best N of all slots come out."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, c = tl.arange(0, DIM), tl.arange(0, COLUMNS)
+    d, c = tl.arange(0, DIM), tl.arange(0, SLOTS)
     inside = t < T
     rows = x + b * sxb + h * sxh + t.to(tl.int64) * sxt
     x_tile = tl.load(rows[:, None] + d[None, :], mask=inside[:, None], other=0.0)
     table += h // G * C * DIM
-    best = _empty_slots(N, BLOCK, COLUMNS)
-    for first in range(0, C, COLUMNS):
+    best = tl.full([BLOCK, SLOTS], float("-inf"), tl.float32)
+    for first in range(0, C, SLOTS):
         number = first + c
-        known = (number < C)[None, :]
+        known = (C % SLOTS == 0) | (number < C)[None, :]
         centroids = tl.load(table + number[None, :] * DIM + d[:, None], mask=known, other=0.0)
         scores = tl.dot(x_tile, centroids.to(x_tile.dtype), input_precision="ieee")
         scores = ((scores.to(tl.int32, bitcast=True) & ~MASK) | number[None, :]).to(tl.float32, bitcast=True)
-        scores = tl.where(known, scores, float("-inf"))
-        kept = ()
-        for n in tl.static_range(N):
-            kept = kept + (tl.maximum(best[n], scores),)
-            scores = tl.minimum(best[n], scores)
-        best = kept
+        if C % SLOTS:
+            scores = tl.where(known, scores, float("-inf"))
+        best = tl.maximum(best, scores)
     out = ids + (b * n_heads + h) * N * T + t
     for n in tl.static_range(N):
-        top = best[0]
-        for o in tl.static_range(1, N):
-            top = tl.maximum(top, best[o])
-        winner = tl.max(top, axis=1)
+        winner = tl.max(best, axis=1)
         tl.store(out + n * T, winner.to(tl.int32, bitcast=True) & MASK, mask=inside)
-        kept = ()
-        for o in tl.static_range(N):
-            kept = kept + (tl.where(best[o] == winner[:, None], float("-inf"), best[o]),)
-        best = kept
+        best = tl.where(best == winner[:, None], float("-inf"), best)
 
 
 def supported(x: Tensor, tables: list[Tensor]) -> bool:
@@ -145,26 +126,26 @@ def bucket_ids_triton(x: Tensor, tables: list[Tensor]) -> Tensor:
     return ids
 
 
-def cells_supported(x: Tensor, n: int) -> bool:
-    """Whether `best_cells_triton` takes these: float16, bfloat16 or float32, head dim a power of two from 16 to 128."""
-    return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.shape[-1] in (16, 32, 64, 128) and (
-        n <= MAX_PROBES
-    )
+def cells_supported(x: Tensor) -> bool:
+    """Whether `best_cells_triton` takes x: float16, bfloat16 or float32, head dim a power of two from 16 to 128."""
+    return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.shape[-1] in (16, 32, 64, 128)
 
 
-@torch.library.custom_op("lshv2::best_cells", mutates_args=(), schema="(Tensor x, Tensor table, int n) -> Tensor")
-def best_cells_whole(x: Tensor, table: Tensor, n: int) -> Tensor:
+@torch.library.custom_op(
+    "lshv2::best_cells", mutates_args=(), schema="(Tensor x, Tensor table, int n, int slots) -> Tensor"
+)
+def best_cells_whole(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
     """`best_cells_triton` as an operator that torch.compile keeps whole."""
-    return best_cells_triton(x, table, n)
+    return best_cells_triton(x, table, n, slots)
 
 
 @best_cells_whole.register_fake
-def _(x: Tensor, table: Tensor, n: int) -> Tensor:
+def _(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
     return x.new_empty(*x.shape[:2], n, x.shape[2], dtype=torch.int32)
 
 
-def best_cells_triton(x: Tensor, table: Tensor, n: int) -> Tensor:
-    """x [B,H,T,D], table [K,1,C,D] -> int32 [B,H,n,T], as `lshv2.hashing.best_cells` defines them."""
+def best_cells_triton(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
+    """x [B,H,T,D], table [K,1,C,D], slots a power of two -> int32 [B,H,n,T], see `lshv2.hashing.best_cells`."""
     batch, n_heads, length, dim = x.shape
     size = table.shape[2]
     if x.stride(-1) != 1:
@@ -173,6 +154,7 @@ def best_cells_triton(x: Tensor, table: Tensor, n: int) -> Tensor:
     launch(
         _best_cells, (cdiv(length, BLOCK), n_heads, batch), (x, table.contiguous(), ids),
         (*x.stride()[:3], length, n_heads, n_heads // table.shape[0]),
-        C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=4, num_stages=2,
+        C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=BLOCK, SLOTS=max(16, min(slots, power_of_two(size))),
+        num_warps=4, num_stages=2,
     )
     return ids

@@ -14,6 +14,7 @@ from lshv2.attention import lsh_attention
 from lshv2.config import ModelConfig
 from lshv2.decoding import LayerCache
 from lshv2.hashing import (
+    SLOTS,
     best_cells,
     bucket_ids,
     cell_table,
@@ -119,7 +120,8 @@ class Attention(nn.Module):
         """
         table, mean = self.tables[0], self.get_buffer("key_mean")
         centred = k.detach() - mean.to(k.dtype)
-        q_ids, k_ids = best_cells(q, table, min(self.config.n_rounds, table.shape[2])), best_cells(centred, table, 1)
+        n = min(self.config.n_rounds, table.shape[2], SLOTS)
+        q_ids, k_ids = best_cells(q, table, n), best_cells(centred, table, 1)
         if self.training:
             self._note(centred, k_ids)
             self.get_buffer("key_sum").add_(k.detach().float().mean((0, 2))[:, None])

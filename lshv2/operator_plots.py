@@ -18,8 +18,8 @@ from lshv2.errors import UserError
 from lshv2.operator_results import NAMES, OperatorResult, read_operator
 from lshv2.plots import REFERENCE, label, new_figure, tokens
 
-COLOURS = dict(zip(NAMES, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#D55E00", "#009E73", "#AA3377"),
-                   strict=True))
+COLOURS = dict(zip(NAMES, ("#0072B2", "#56B4E9", "#332288", "#88CCEE", "#D55E00", "#E69F00", "#CC79A7", "#D55E00",
+                           "#009E73", "#AA3377"), strict=True))
 LAYOUTS = {"batch 1": ("eager", True), "fixed tokens": ("eager", False), "batch 1, CUDA graph": ("graph", True)}
 PARTS = {"hashing": "#E69F00", "bucket_attn": "#0072B2", "global": "#009E73", "other": "#BBBBBB"}
 

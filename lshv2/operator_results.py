@@ -16,9 +16,12 @@ from typing import Any
 from lshv2.tolerant import NAN, Problem, Problems, mapping, number, objects, read_object, text
 
 FILE = "attention.json"
+ONE_TABLE = ", one table"  # ends the names of bucket ids of one table
 MODES = ("eager", "given ids", "graph")
 NAMES = {  # contenders by name, in the order of tables, with the words for them
-    "lsh": "LSH", "lsh_clustered": "LSH, clustered data", "sdpa_cudnn": "dense, cuDNN", "sdpa_flash": "dense, flash",
+    "lsh": "LSH", "lsh_clustered": "LSH, clustered data", "lsh_inverted_file": "LSH, inverted file",
+    "lsh_inverted_file_clustered": "inverted file, clustered data", "sdpa_cudnn": "dense, cuDNN",
+    "sdpa_flash": "dense, flash",
     "sdpa_efficient": "dense, memory-efficient", "sdpa": "dense, SDPA", "flex_window": "window + sinks, FlexAttention",
     "peer": "published sparse peer",
 }

@@ -18,7 +18,7 @@ from lshv2.benchmark import attention_inputs as shapes
 from lshv2.benchmark import attention_timing as timing
 from lshv2.benchmark.attention import plan
 from lshv2.benchmark.attention_rows import Bench, Case, predict
-from lshv2.benchmark.attention_targets import crossover, derive, targets
+from lshv2.benchmark.attention_targets import crossover, targets
 from lshv2.errors import UserError
 from lshv2.operator_plots import operator_png
 from lshv2.operator_results import find_operator_results, read_operator, verdict
@@ -56,7 +56,7 @@ def test_the_command_measures_everybody_in_turn_and_says_why_not(measured: Path)
     assert "hashing" in row["lsh"]["breakdown"]["forward"]
     assert row["sdpa_cudnn"] == {"status": "not measured", "reason": "only timed on cuda"}
     assert "--quick" in row["flex_window"]["reason"] and "not installed" in row["peer"]["reason"]
-    assert len(content["rows"][1]["contenders"]) == 7
+    assert len(content["rows"][1]["contenders"]) == 14, "seven kinds of ids, of R tables and of one"
     assert (measured / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -166,7 +166,7 @@ def test_a_crossover_is_the_length_from_which_on_lsh_is_faster() -> None:
 
 
 def judged(rows: list[dict[str, Any]], device: str = "cuda") -> dict[str, dict[str, Any]]:
-    return {target["name"]: target for target in targets(derive(rows), rows, device)}
+    return {target["name"]: target for target in targets(rows, device)}
 
 
 def test_targets_follow_from_the_rows() -> None:
@@ -222,7 +222,7 @@ def test_the_reader_gives_what_the_command_wrote(measured: Path) -> None:
     assert shown[1].contenders["lsh"].get("both_ms") == content["rows"][0]["contenders"]["lsh"]["both_ms"]
     assert math.isnan(shown[1].contenders["sdpa_flash"].get("both_ms"))
     assert {s.seq_len for s in result.speedups} == {160, 300}
-    assert [verdict(target) for target in result.targets] == ["not measured"] * 3
+    assert [verdict(target) for target in result.targets] == ["not measured"] * 6, "R tables and an inverted file"
     assert find_operator_results(measured.parent.parent) == [measured]
     said = results(measured.parent.parent)
     assert "(runs/reference-x/operator)**, one attention layer" in said and "| 300 | " in said

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from lshv2.operator_results import NAMES, OperatorResult, OperatorRow
 from ui.style import GREY, PALETTE, figure, length_axis
 
-COLOURS = dict(zip(NAMES, PALETTE, strict=False))
+COLOURS = {name: PALETTE[n % len(PALETTE)] for n, name in enumerate(NAMES)}
 HALVES = {"forward": "", "backward": "/"}  # the backward's bars are hatched
 
 

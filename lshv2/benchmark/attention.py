@@ -4,7 +4,8 @@
     python -m lshv2.benchmark.attention --quick
 
 One layer at the documented head shape (12 query and 4 key/value heads of 64, W 128, window 256, R 4, 4 sinks), T / 128
-buckets. LSH is the whole operator from q, k, v: hashing by random codebooks, sorting, attention, and its backward.
+buckets. LSH is the whole operator from q, k, v: hashing by random codebooks, or by an inverted file of random cells
+(one table instead of R, R probes), sorting, attention, and its backward.
 Rows, the most telling lengths first:
   eager      every length at batch 1, and 131,072 tokens as a batch of shorter ones: LSH on uniform and clustered data
              and every opponent in turn, sample by sample; LSH's time by part, peak memory on a GPU
@@ -26,7 +27,7 @@ from typing import Any
 
 from lshv2.benchmark import attention_inputs as shapes
 from lshv2.benchmark.attention_rows import Bench, Case
-from lshv2.benchmark.attention_targets import TOKENS, derive, fastest_dense, slower_lsh, targets
+from lshv2.benchmark.attention_targets import INVERTED_FILE, TOKENS, derive, fastest_dense, slower_lsh, targets
 from lshv2.benchmark.worker import device_name
 from lshv2.machine import environment
 from lshv2.operator_plots import operator_png
@@ -35,7 +36,8 @@ from lshv2.runs import atomic_path, write_json
 from lshv2.trainer import pick_device
 
 LENGTHS = {  # in the order of what they tell: a run that ends early has the first of them
-    "cuda": (131_072, 65_536, 16_384, 4_096, 8_192, 2_048, 32_768, 1_024, 262_144, 524_288, 1_048_576),
+    "cuda": (131_072, 65_536, 16_384, 4_096, 8_192, 2_048, 32_768, 98_304, 49_152, 1_024, 262_144, 524_288,
+             1_048_576),
     "cpu": (1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536),
 }
 QUICK_LENGTHS = (512, 256)
@@ -85,7 +87,8 @@ def main(arguments: list[str]) -> None:
 
     def save() -> None:
         content["derived"] = derive(content["rows"])
-        content["targets"] = targets(content["derived"], content["rows"], bench.device.type)
+        content["derived_inverted_file"] = derive(content["rows"], INVERTED_FILE)
+        content["targets"] = targets(content["rows"], bench.device.type)
         content["seconds"] = round(time.monotonic() - began, 1)
         if options.out:
             write_json(options.out, content)

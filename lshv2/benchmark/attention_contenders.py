@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from lshv2.attention import lsh_attention
-from lshv2.benchmark.attention_inputs import BUCKET_SIZE, N_GLOBAL, WINDOW, Inputs
-from lshv2.hashing import bucket_ids
+from lshv2.benchmark.attention_inputs import BUCKET_SIZE, N_GLOBAL, N_ROUNDS, WINDOW, Inputs
+from lshv2.hashing import best_cells, bucket_ids
 from lshv2.profiling import region
 
 DENSE = {  # by name: torch's backend, and where it can run
@@ -54,14 +54,23 @@ class Contender:
         return torch.autograd.grad(out, self.inputs, self.grad) if self.inputs else ()
 
 
-def lsh(name: str, inputs: Inputs, ids: tuple[Tensor, Tensor] | None = None) -> Contender:
-    """The whole operator from q, k, v: hashing, sorting, attention. With `ids` (q's, k's) hashing is left out."""
+def lsh(
+    name: str, inputs: Inputs, ids: tuple[Tensor, Tensor] | None = None, inverted_file: bool = False
+) -> Contender:
+    """The whole operator from q, k, v: hashing, sorting, attention. With `ids` (q's, k's) hashing is left out.
+
+    inverted_file: one table of cells, of which a query looks in its N_ROUNDS best, instead of N_ROUNDS tables.
+    """
     q, k, v = inputs.q, inputs.k, inputs.v
+    probes = min(N_ROUNDS, inputs.n_buckets)
 
     def forward() -> Tensor:
         if ids is None:
             with region("hashing"):
-                found = bucket_ids(q, inputs.tables), bucket_ids(k, inputs.tables)
+                if inverted_file:
+                    found = best_cells(q, inputs.cells, probes), best_cells(k, inputs.cells, 1)
+                else:
+                    found = bucket_ids(q, inputs.tables), bucket_ids(k, inputs.tables)
         else:
             found = ids
         return lsh_attention(q, k, v, *found, n_buckets=inputs.n_buckets, bucket_size=BUCKET_SIZE, window=WINDOW,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lshv2.hashing import codebook_tables
+from lshv2.hashing import cell_table, codebook_tables
+from lshv2.operator_results import ONE_TABLE
 
 N_HEADS, N_KV_HEADS, HEAD_DIM, N_ROUNDS, BUCKET_SIZE, WINDOW, N_GLOBAL = 12, 4, 64, 4, 128, 256, 4
 N_CLUSTERS = 256
@@ -29,6 +30,7 @@ class Inputs:
     v: Tensor  # [B,K,T,D]
     grad: Tensor  # [B,H,T,D]
     tables: list[Tensor]  # random codebooks, one [K,R,C,D/P] a part
+    cells: Tensor  # [K,1,C,D] random centroids of an inverted file
     n_buckets: int
 
     @property
@@ -59,9 +61,11 @@ def make_inputs(
         q, k = normal(N_HEADS), normal(N_KV_HEADS)
     v, grad = normal(N_KV_HEADS), normal(N_HEADS)
     n_buckets = buckets_for(length)
-    tables = codebook_tables(N_KV_HEADS, N_ROUNDS, n_buckets, HEAD_DIM, torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    tables = codebook_tables(N_KV_HEADS, N_ROUNDS, n_buckets, HEAD_DIM, draw)
+    cells = cell_table(N_KV_HEADS, n_buckets, HEAD_DIM, draw)
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad, [t.to(device) for t in tables],
-                  n_buckets)
+                  cells.to(device), n_buckets)
 
 
 def _clustered(shape: tuple[int, ...], centres: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,7 +87,8 @@ def _clustered(shape: tuple[int, ...], centres: Tensor, generator: torch.Generat
 def given_ids(
     length: int, batch: int, n_buckets: int, device: torch.device, seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(q_buckets [B,H,R,T], k_buckets [B,K,R,T]) int32 by name: `uniform` to compare with, then those that hurt."""
+    """(q_buckets [B,H,R,T], k_buckets [B,K,R,T]) int32 by name: `uniform` to compare with, then those that hurt; then
+    the same of one table, k_buckets [B,K,1,T], with ONE_TABLE behind the name."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(heads: int, low: int = 0, high: int = n_buckets, rounds: int = N_ROUNDS) -> Tensor:
@@ -103,7 +108,7 @@ def given_ids(
     few = draw(N_KV_HEADS, low=1)
     few[..., :: max(1, length // FEW_KEYS)] = 0
     giant = (mostly(heads, 0.9, one(heads), draw(heads)) for heads in (N_HEADS, N_KV_HEADS))
-    return {
+    found = {
         "uniform": (draw(N_HEADS), draw(N_KV_HEADS)),
         "one bucket": (one(N_HEADS), one(N_KV_HEADS)),
         "queries in two buckets, 95 % of the keys elsewhere": (
@@ -115,3 +120,4 @@ def given_ids(
         "all queries in a bucket of few keys": (one(N_HEADS), few),
         "all keys in one bucket, queries uniform": (draw(N_HEADS), one(N_KV_HEADS)),
     }
+    return found | {name + ONE_TABLE: (q, k[:, :, :1].contiguous()) for name, (q, k) in found.items()}

@@ -85,7 +85,10 @@ class Bench:
 
     def eager(self, case: Case) -> dict[str, Any]:
         uniform = self.inputs(case)
-        lsh = [who.lsh("lsh", uniform), who.lsh("lsh_clustered", self.inputs(case, "clustered"))]
+        clustered = self.inputs(case, "clustered")
+        lsh = [who.lsh("lsh", uniform), who.lsh("lsh_clustered", clustered),
+               who.lsh("lsh_inverted_file", uniform, inverted_file=True),
+               who.lsh("lsh_inverted_file_clustered", clustered, inverted_file=True)]
         dense, results = self.dense(case, uniform)
         try:
             flex = [self.flex(case, uniform)]
@@ -134,7 +137,8 @@ class Bench:
     def graph(self, case: Case) -> dict[str, Any]:
         inputs = self.inputs(case)
         dense, results = self.dense(case, inputs)
-        contenders, steps = [who.lsh("lsh", inputs), *dense], {}
+        lsh = [who.lsh("lsh", inputs), who.lsh("lsh_inverted_file", inputs, inverted_file=True)]
+        contenders, steps = [*lsh, *dense], {}
         for contender in contenders:
             try:
                 steps[contender.name] = timing.graph_step(contender, self.device)

@@ -1,10 +1,11 @@
 """What follows from the operator benchmark's rows: speed-ups, crossovers, exponents, and the targets judged.
 
-    summary = derive(rows, "cuda")        # {"speedups": [...], "crossover": {...}, "alpha": {...}, ...}
-    targets(summary, rows, "cuda")        # [{"name", "target", "stretch", "value", "met", "stretch_met", "detail"}]
+    summary = derive(rows)                # {"speedups": [...], "crossover": {...}, "alpha": {...}, ...}
+    targets(rows, "cuda")                 # [{"name", "target", "stretch", "value", "met", "stretch_met", "detail"}]
 
 Times are medians of forward + backward of the whole operator. A row's dense opponent is the fastest one measured in it.
-Where LSH was timed on uniform and on clustered data the slower counts. Needs no torch.
+Where LSH was timed on uniform and on clustered data the slower counts. Both forms of LSH, R tables and an inverted
+file, are judged by the same targets. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lshv2.operator_results import ONE_TABLE
 from lshv2.scaling import fit_power
 
 Rows = Sequence[dict[str, Any]]
-LSH = ("lsh", "lsh_clustered")
+TABLES, INVERTED_FILE = "lsh", "lsh_inverted_file"  # the forms, as contenders on uniform data
 TOKENS = 131_072  # of every fixed-tokens row; its batch-1 row belongs to both layouts
 ALPHA_FROM, ALPHA_TO, MILLION = 32_768, 131_072, 1_048_576
 
@@ -36,20 +38,24 @@ def fastest_dense(row: dict[str, Any]) -> tuple[str, float] | None:
     return name, ms
 
 
-def slower_lsh(row: dict[str, Any]) -> float | None:
-    return max((ms for name in LSH if (ms := both(row, name))), default=None)
+def _names(form: str) -> tuple[str, str]:
+    return form, f"{form}_clustered"
 
 
-def speedups(rows: Rows) -> list[dict[str, Any]]:
+def slower_lsh(row: dict[str, Any], form: str = TABLES) -> float | None:
+    return max((ms for name in _names(form) if (ms := both(row, name))), default=None)
+
+
+def speedups(rows: Rows, form: str = TABLES) -> list[dict[str, Any]]:
     """One entry a row with both sides: dense over LSH, above 1 where LSH is faster; `speedup` is of the slower data."""
     found = []
     for row in rows:
-        dense, slower = fastest_dense(row), slower_lsh(row)
+        dense, slower = fastest_dense(row), slower_lsh(row, form)
         if dense is None or slower is None:
             continue
         entry = {key: row[key] for key in ("mode", "seq_len", "batch_size")}
         entry |= {"dense": dense[0], "dense_ms": dense[1], "speedup": dense[1] / slower}
-        entry |= {name: dense[1] / ms for name in LSH if (ms := both(row, name))}
+        entry |= {name: dense[1] / ms for name in _names(form) if (ms := both(row, name))}
         found.append(entry)
     return sorted(found, key=lambda entry: (entry["mode"], entry["batch_size"], entry["seq_len"]))
 
@@ -87,17 +93,20 @@ def crossover(entries: Rows) -> dict[str, Any] | None:
     return result
 
 
-def derive(rows: Rows) -> dict[str, Any]:
-    """Everything computed from rows; what the rows do not hold is None."""
-    entries = speedups(rows)
+def derive(rows: Rows, form: str = TABLES) -> dict[str, Any]:
+    """Everything computed from rows for one form of LSH; what the rows do not hold is None."""
+    entries = speedups(rows, form)
     eager = {row["seq_len"]: row for row in rows if row["mode"] == "eager" and row["batch_size"] == 1}
-    times = {length: ms for length, row in eager.items() if (ms := both(row, "lsh"))}
+    times = {length: ms for length, row in eager.items() if (ms := both(row, form))}
     fitted = {length: ms for length, ms in times.items() if ALPHA_FROM <= length <= ALPHA_TO}
     hurt: dict[str, float] = {}
     for row in rows:
-        if (row["mode"], row["seq_len"]) == ("given ids", TOKENS) and (uniform := both(row, "uniform")):
-            hurt = {name: ms / uniform for name in row["contenders"] if name != "uniform" and (ms := both(row, name))}
-    memory = {name: eager[TOKENS]["contenders"].get(name, {}).get("extra_memory_ratio") for name in LSH
+        one_table = form == INVERTED_FILE
+        even = "uniform" + ONE_TABLE * one_table
+        if (row["mode"], row["seq_len"]) == ("given ids", TOKENS) and (uniform := both(row, even)):
+            hurt = {name: ms / uniform for name in row["contenders"]
+                    if name != even and name.endswith(ONE_TABLE) == one_table and (ms := both(row, name))}
+    memory = {name: eager[TOKENS]["contenders"].get(name, {}).get("extra_memory_ratio") for name in _names(form)
               } if TOKENS in eager else {}
     return {
         "speedups": entries,
@@ -110,8 +119,18 @@ def derive(rows: Rows) -> dict[str, Any]:
     }
 
 
-def targets(summary: dict[str, Any], rows: Rows, device: str) -> list[dict[str, Any]]:
-    """The project's targets for this device ("cuda" or "cpu") with the measured value; `met` None: not measured."""
+def targets(rows: Rows, device: str) -> list[dict[str, Any]]:
+    """The project's targets for this device ("cuda" or "cpu") with the measured value; `met` None: not measured. First
+    of the form with R tables, then, where it was timed, of the inverted file."""
+    judged = _targets(rows, device, TABLES)
+    if any(both(row, INVERTED_FILE) for row in rows):
+        judged += [{**target, "name": f"{target['name']}, inverted file"}
+                   for target in _targets(rows, device, INVERTED_FILE)]
+    return judged
+
+
+def _targets(rows: Rows, device: str, form: str) -> list[dict[str, Any]]:
+    summary = derive(rows, form)
     speed = {entry["seq_len"]: entry for entry in _layout(summary["speedups"], "eager", fixed_tokens=False)}
 
     def faster(length: int, target: float, stretch: float) -> dict[str, Any]:
@@ -126,10 +145,10 @@ def targets(summary: dict[str, Any], rows: Rows, device: str) -> list[dict[str, 
                       "; ".join(f"{mode}: {_said(where)}" for mode, where in found.items() if where))
 
     if device == "cpu":
-        return [crosses("batch 1", 8192, None), faster(16_384, 2, 4), _extrapolated(rows, faster(65_536, 8, 16))]
+        return [crosses("batch 1", 8192, None), faster(16_384, 2, 4), _extrapolated(rows, form, faster(65_536, 8, 16))]
     alpha, worst = summary["alpha"], max(summary["adversarial"].items(), key=lambda item: item[1], default=None)
     long = [row for row in rows if (row["mode"], row["seq_len"]) == ("eager", MILLION)]
-    million = long[0]["contenders"]["lsh"] if long else {}
+    million = long[0]["contenders"].get(form, {}) if long else {}
     ratio = summary["million_over_131072"]
     return [
         faster(131_072, 20, 30), faster(65_536, 10, 15), faster(16_384, 2, 4),
@@ -177,11 +196,11 @@ def _judge(name: str, sign: str, target: float | None, stretch: float | None, va
             "met": passed(target), "stretch_met": passed(stretch), "detail": detail}
 
 
-def _extrapolated(rows: Rows, judged: dict[str, Any]) -> dict[str, Any]:
+def _extrapolated(rows: Rows, form: str, judged: dict[str, Any]) -> dict[str, Any]:
     """On a CPU: dense at 65,536 as four times its 32,768 where it was not timed itself, and said so."""
     have = {row["seq_len"]: row for row in rows if row["mode"] == "eager" and row["batch_size"] == 1}
     short, long = have.get(32_768), have.get(65_536)
-    dense, slower = short and fastest_dense(short), long and slower_lsh(long)
+    dense, slower = short and fastest_dense(short), long and slower_lsh(long, form)
     if judged["met"] is not None or not dense or not slower:
         return judged
     return _judge(judged["name"], ">=", 8, 16, 4 * dense[1] / slower, "×",

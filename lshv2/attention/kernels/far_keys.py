@@ -100,8 +100,10 @@ def _far_keys(
         if slot >= 0:
             begin = slot // depth * BULK
             stop, resume, end = begin + BULK, begin + BULK, begin + BULK
-        elif tl.cdiv(begin, BULK) < end // BULK:  # leave out the blocks that lie inside
+        elif tl.cdiv(begin, BULK) < end // BULK:  # leave out the blocks that lie inside, and end where they begin
             stop, resume = tl.cdiv(begin, BULK) * BULK, end // BULK * BULK
+            begin = begin // OTHER * OTHER
+    begin = begin // 4 * 4  # aligned, loads of consecutive words are wider
     place = tile * OWN + tl.arange(0, OWN)
     d = tl.arange(0, D)
     inside = place < T
@@ -117,26 +119,23 @@ def _far_keys(
     row = (n * R + r) * Mp
     dk = tl.zeros([OWN, D], tl.float32)
     dv = tl.zeros([OWN, D], tl.float32)
-    for part in range(2 if BULK > 0 else 1):
-        start = begin if part == 0 else resume
-        limit = stop if part == 0 else end
-        for j in range(start // 4 * 4, limit, OTHER):  # aligned, loads of consecutive words are wider
-            i = tl.multiple_of(j, 4) + tl.arange(0, OTHER)
-            m = tl.load(queries + row + i)
-            head, _, t = numbered(m, G, PROBES)
-            q_tile = tl.load((q + head * sqh + t * sqt)[:, None] + d[None, :])
-            grad_tile = tl.load((grad + head * sgh + t * sgt)[:, None] + d[None, :])
-            first, count = tl.load(low + row + i), tl.load(length + row + i)
-            if BULK > 0:
-                count = tl.where((i >= start) & (i < limit), count, 0)  # the rest of the tile is another program's
-            seen = within(place[:, None] - first[None, :], count[None, :])
-            if EARLIER > 0:
-                before = earlier_rows(lows, groups * Mp, i, r, NOWHERE, EARLIER, MIXED)
-                seen &= found_earlier(there, before, bucket_size, EARLIER, True) == 0
-            dk, dv = add_gradients(
-                k_tile, v_tile, q_tile, grad_tile, seen, tl.load(lse + row + i), tl.load(delta + row + i), dk, dv,
-                scale, PRECISION,
-            )
+    for step in range(0, stop - begin + end - resume, OTHER):
+        j = begin + step
+        j += tl.where(j >= stop, resume - stop, 0)
+        i = tl.multiple_of(j, 4) + tl.arange(0, OTHER)
+        m = tl.load(queries + row + i)
+        head, _, t = numbered(m, G, PROBES)
+        q_tile = tl.load((q + head * sqh + t * sqt)[:, None] + d[None, :])
+        grad_tile = tl.load((grad + head * sgh + t * sgt)[:, None] + d[None, :])
+        first, count = tl.load(low + row + i), tl.load(length + row + i)
+        seen = within(place[:, None] - first[None, :], count[None, :])
+        if EARLIER > 0:
+            before = earlier_rows(lows, groups * Mp, i, r, NOWHERE, EARLIER, MIXED)
+            seen &= found_earlier(there, before, bucket_size, EARLIER, True) == 0
+        dk, dv = add_gradients(
+            k_tile, v_tile, q_tile, grad_tile, seen, tl.load(lse + row + i), tl.load(delta + row + i), dk, dv,
+            scale, PRECISION,
+        )
     if slot >= 0:
         left = ((r * groups + n) * (tl.num_programs(0) - tiles) + slot) * 2 * OWN * D
         rows = bulk + left + tl.arange(0, OWN)[:, None] * D + d[None, :]

@@ -131,7 +131,7 @@ def _first_from(table, start, end, value, steps):
 @triton.jit
 def _spans(
     codes, places, documents, starts, order, queries, low, length, padded, padded_low, rows, n_keys, T, Tp, M, Mp,
-    stride, bucket_size, window, n_global, steps,
+    stride, bucket_size, window, n_global, steps, sink_steps, span_steps,
     G: tl.constexpr, R: tl.constexpr, PROBES: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Sorted codes and the flat places they came from -> order, queries and spans, and if R > 1, for other rounds, the
@@ -151,13 +151,13 @@ def _spans(
         none = tl.zeros_like(i)
         start = _first_from(own_codes, none, tl.where(inside, T, 0), code, steps)
         end = _first_from(own_codes, start, tl.where(inside, T, 0), code + 1, steps)
-        begin = none
+        begin, before = none, tl.minimum(start + n_global, end)  # a bucket begins with its sinks, n_global at most
         if DOCUMENTS:
-            begin = tl.load(starts + tl.load(documents + t))
-        past_sinks = _first_from(own_places, start, end, row * T + begin + n_global, steps)
+            begin, before = tl.load(starts + tl.load(documents + t)), end
+        past_sinks = _first_from(own_places, start, before, row * T + begin + n_global, sink_steps)
         seen = _first_from(own_places, past_sinks, end, row * T + t + 1, steps)
         span = tl.maximum(past_sinks, seen - bucket_size)
-        high = _first_from(own_places, span, seen, row * T + t - window + 1, steps)
+        high = _first_from(own_places, span, seen, row * T + t - window + 1, span_steps)
         tl.store(queries + row * Mp + i, m, mask=i < Mp)
         tl.store(low + row * Mp + i, tl.where(inside, span, T), mask=i < Mp)
         tl.store(length + row * Mp + i, high - span, mask=i < Mp)
@@ -234,7 +234,8 @@ def build_tables(
         _spans, (blocks, rows, 1),
         (codes, places, *document_pointers(packing, padded), tables.order, tables.queries, tables.low, tables.length,
          padded, padded_low),
-        (rows, rows * length, length, wide, queries, tall, stride, bucket_size, window, n_global, length.bit_length()),
+        (rows, rows * length, length, wide, queries, tall, stride, bucket_size, window, n_global, length.bit_length(),
+         (length if packing else n_global).bit_length(), bucket_size.bit_length()),
         G=heads, R=rounds, PROBES=probes, DOCUMENTS=packing is not None, BLOCK=BLOCK,
     )
     if rounds > 1:
