@@ -70,7 +70,7 @@ def _best_cells(
         number = first + c
         known = (C % SLOTS == 0) | (number < C)[None, :]
         centroids = tl.load(table + number[None, :] * DIM + d[:, None], mask=known, other=0.0)
-        scores = tl.dot(x_tile, centroids.to(x_tile.dtype), input_precision="ieee")
+        scores = tl.dot(x_tile, centroids, input_precision="ieee")
         scores = ((scores.to(tl.int32, bitcast=True) & ~MASK) | number[None, :]).to(tl.float32, bitcast=True)
         if C % SLOTS:
             scores = tl.where(known, scores, float("-inf"))
@@ -152,9 +152,9 @@ def best_cells_triton(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
         x = x.contiguous()
     ids = torch.empty(batch, n_heads, n, length, dtype=torch.int32, device=x.device)
     launch(
-        _best_cells, (cdiv(length, BLOCK), n_heads, batch), (x, table.contiguous(), ids),
+        _best_cells, (cdiv(length, BLOCK), n_heads, batch), (x, table.to(x.dtype).contiguous(), ids),
         (*x.stride()[:3], length, n_heads, n_heads // table.shape[0]),
         C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=BLOCK, SLOTS=max(16, min(slots, power_of_two(size))),
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=3,  # tiles of centroids are copied while others are multiplied
     )
     return ids

@@ -91,14 +91,18 @@ def test_the_operator_is_shown_with_its_targets_and_reasons(root: Path) -> None:
     app = page("operator")
     said = {row["target"]: (row["measured"], row["result"]) for row in table(app, "stretch")}
     assert said == {"crossover, batch 1": ("—", "· not measured"), "speed-up at 16,384": ("2.5 ×", "✔ met"),
-                    "speed-up at 65,536": ("3 ×", "✖ missed")}
+                    "speed-up at 65,536": ("3 ×", "✖ missed"),
+                    **{f"{name}, inverted file": ("—", "· not measured") for name in (
+                        "crossover, batch 1", "speed-up at 16,384", "speed-up at 65,536")}}
     line = next(row for row in table(app, "batch") if row["tokens"] == "160")
     assert line["LSH, ms"] == f"{lsh:.4g}" and line["dense, SDPA, ms"] == f"{dense:.4g}"
     reasons = {(row["tokens"], row["attention"]): row["reason"] for row in table(app, "reason")}
     assert reasons["160", "dense, cuDNN"] == "only timed on cuda"
-    assert len(table(app, "over uniform")) == 7 and table(app, "over uniform")[0]["over uniform"] == "1 ×"
+    hurt = {line["bucket ids"]: line["over uniform"] for line in table(app, "over uniform")}
+    assert len(hurt) == 14 and hurt["uniform"] == hurt["uniform, one table"] == "1 ×"
     drawn = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
-    assert {trace["name"] for trace in drawn[0]["data"]} == {"LSH", "LSH, clustered data", "dense, SDPA"}
+    assert {trace["name"] for trace in drawn[0]["data"]} == {"LSH", "LSH, clustered data", "LSH, inverted file",
+                                                        "inverted file, clustered data", "dense, SDPA"}
     parts = {trace["name"] for trace in drawn[2]["data"]}
     assert {"forward: hashing", "forward: bucket_attn", "backward: other"} <= parts
     app.segmented_control(key="layout").set_value("batch 1, CUDA graph").run()
