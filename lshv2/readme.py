@@ -19,8 +19,9 @@ from lshv2.operator_results import NAMES, OperatorResult, find_operator_results,
 from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
-from lshv2.tolerant import mapping, number, read_object, text
+from lshv2.tolerant import mapping, number, objects, read_object, text
 
+SHOWN = 6  # variants of a task
 BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
 NONE_YET = "No reference run committed yet."
 COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
@@ -58,13 +59,17 @@ def _part(entry: Entry) -> str | None:
 
 def _made_by(environment: dict[str, Any]) -> str:
     torch, commit = (text(environment.get(key)) for key in ("torch", "commit"))
-    return f"torch {torch or 'not recorded'}, commit {commit[:7] or 'not recorded'}"
+    commits = ", ".join(one[:7] for one in commit.split(", "))
+    return f"torch {torch or 'not recorded'}, commit {commits or 'not recorded'}"
 
 
 def _ablation(folder: Path, key: str) -> str:
-    """A table a task, a line a variant: mean and range over the seeds."""
+    """A table a task, a line a variant, the best SHOWN of them: mean and range over the seeds."""
     content, _ = read_object(folder, "ablation.json")
-    environment = mapping(content, "environment")
+    environment = dict(mapping(content, "environment"))
+    commits = {text(row.get("commit"))[:7] for row in objects(content, "rows", "ablation.json")[0] if row.get("commit")}
+    if commits:  # a study goes on from its rows, at other commits too
+        environment["commit"] = ", ".join(sorted(commits))
     gpus = environment.get("gpus")
     device = text(gpus[0] if isinstance(gpus, list) and gpus else environment.get("cpu"))
     head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {_made_by(environment)}"
@@ -77,7 +82,9 @@ def _ablation(folder: Path, key: str) -> str:
         sign = -1 if task.startswith("recall") else 1
         order = [name for _, name in sorted((sign * number(rows[name].get(ranking(task))), name) for name in rows)]
         unit = "recall accuracy" if task.startswith("recall") else "eval bits per byte"
-        parts += [f"{task}, {unit}:", table({name: rows[name] for name in order}, task)]
+        parts += [f"{task}, {unit}:", table({name: rows[name] for name in order[:SHOWN]}, task)]
+        if order[SHOWN:]:
+            parts.append(f"{len(order) - SHOWN} more variants: [ablation.md](runs/{key}/ablation.md).")
     return "\n\n".join(parts)
 
 

@@ -23,6 +23,7 @@ from lshv2.ablation.variants import VARIANTS, Job
 from lshv2.attention import choose_backend
 from lshv2.evaluation import Batch, evaluate
 from lshv2.losses import IGNORE
+from lshv2.machine import git_state
 from lshv2.runs import Run
 from lshv2.trainer import Task, Trainer, pick_device
 
@@ -57,7 +58,7 @@ def run_job(job: Job, data: Path, alone: bool = True) -> dict[str, Any]:
         "layers": measure_layers(model, _samples(job, material, device), trainer.autocast),
         "loss_train": losses, "step_ms": step_ms if alone else None, "backend": backend,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", **git_state(),
         "peak_mb": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
         "train_seconds": round(trained - loaded, 2), "seconds": round(time.perf_counter() - began, 2),
         "settings": job.overrides(),

@@ -75,6 +75,8 @@ VARIANTS: dict[str, Variant] = {
     "inverted_file_content": Variant({**INVERTED_FILE, "model.rotary_fraction": 0.0}),
     "inverted_file_r8": Variant({**INVERTED_FILE, **FINE}, only="language"),
     "inverted_file_r8_quarter": Variant({**INVERTED_FILE, **FINE, "model.rotary_fraction": 0.25}, only="language"),
+    "inverted_file_fine_quarter": Variant(
+        {**INVERTED_FILE, "model.n_buckets": 64, "model.rotary_fraction": 0.25}, only="language-2048"),
     "inverted_file_coarse": Variant({**INVERTED_FILE, "model.n_buckets": 16}, only="language-2048"),
     "centred_quarter": Variant({**CROSS_POLYTOPE, "model.rotary_fraction": 0.25}, "centred"),
     "codebooks_full": _rotary(1.0),
@@ -101,22 +103,28 @@ VARIANTS: dict[str, Variant] = {
     "dense_no_shift": _dense(0.5, special="no_shift"),
 }
 
-_CORE = ("codebooks_half", "dense_full", "dense_half", "cross_polytope_half", "centred_half", "codebooks_centred_half",
-         "window_half")
+_CORE = ("inverted_file_r8_quarter", "dense_half", "dense_quarter", "codebooks_quarter", "inverted_file_quarter",
+         "window_512_half")
 # The most informative comparison first, for all seeds, before the next begins.
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
-    ("recall-256", (*_CORE, "codebooks_content", "codebooks_quarter", "codebooks_mix_half", "codebooks_mix_full",
-                    "codebooks_few_buckets", "dense_quarter", "dense_content")),
-    ("language-8192", ("codebooks_half", "dense_full", "dense_half", "codebooks_centred_half")),
-    ("language-2048", ("codebooks_full", "codebooks_quarter", "codebooks_mix_full", "codebooks_no_shift",
-                       "dense_quarter", "dense_mix_full", "dense_no_shift")),
-    ("language-2048", ("codebooks_r2_w128", "codebooks_r8_w32", "codebooks_r3_w128_window128")),
-    ("recall-256", ("codebooks_full", "codebooks_two_way_half", "codebooks_two_way_content", "codebooks_no_shift",
+    ("recall-256", ("inverted_file_quarter", "inverted_file_content", "codebooks_quarter", "codebooks_content",
+                    "dense_half", "dense_quarter", "dense_content", "inverted_file_half", "codebooks_half")),
+    ("language-8192", _CORE),
+    ("language-2048", ("inverted_file_r8", "inverted_file_fine_quarter", "codebooks_half", "inverted_file_half",
+                       "codebooks_r8_w32", "dense_full", "window_half")),
+    ("language-2048", ("cross_polytope_half", "centred_half", "centred_quarter", "codebooks_centred_half",
+                       "inverted_file_coarse")),
+    ("recall-256", ("cross_polytope_half", "centred_half", "codebooks_centred_half", "window_half", "dense_full",
+                    "codebooks_mix_half", "codebooks_mix_full", "codebooks_few_buckets", "codebooks_full")),
+    ("language-2048", ("codebooks_full", "codebooks_mix_full", "codebooks_no_shift", "dense_mix_full",
+                       "dense_no_shift")),
+    ("language-2048", ("codebooks_r2_w128", "codebooks_r3_w128_window128")),
+    ("recall-256", ("codebooks_two_way_half", "codebooks_two_way_content", "codebooks_no_shift",
                     "cross_polytope_few_buckets", "dense_mix_full", "dense_mix_half", "dense_no_shift")),
-    ("language-8192", ("cross_polytope_half", "centred_half", "dense_quarter", "window_half")),
     ("language-2048", ("codebooks_two_way_half", "codebooks_two_way_content", "dense_two_way_half")),
-    ("language-2048", ("codebooks_content", "codebooks_mix_half", "dense_content", "dense_mix_half")),
+    ("language-2048", ("codebooks_content", "inverted_file_content", "codebooks_mix_half", "dense_content",
+                       "dense_mix_half")),
 )
 TASKS = tuple(dict.fromkeys(task for task, _ in TIERS))
 
