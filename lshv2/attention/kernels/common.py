@@ -47,14 +47,16 @@ TILES: dict[str, Tile] = {
 
 
 def tile_for(kernel: str, dim: int, dtype: torch.dtype) -> Tile:
-    """The kernel's tile; four-byte or 128-wide heads get smaller ones, so that they fit in shared memory."""
+    """The kernel's tile; four-byte or 128-wide heads get smaller ones, so that they fit in 96 KB of shared memory, which
+    is what consumer GPUs have. `local_queries` holds the most: a tile each of q, k, v, dO, dq and the sinks' shares."""
     tile = TILES[kernel]
     width = dim * dtype.itemsize
+    halved = 2 if kernel == "local_queries" and dtype.itemsize == 4 else 1
     if width <= 128:
         return tile
     if width <= 256:
-        return Tile(tile.own, 32, tile.warps, 2 if dtype.itemsize == 2 else 1)
-    return Tile(32, 16, tile.warps, 1)
+        return Tile(tile.own // halved, 32, tile.warps, 2 if dtype.itemsize == 2 else 1)
+    return Tile(32 // halved, 16, tile.warps, 1)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -198,7 +198,6 @@ def _earlier(
             tl.store(ranks + (pair + e * groups) * Tp + i, earlier, mask=i < Tp)
 
 
-@torch.no_grad()
 def build_tables(
     q_buckets: Tensor, k_buckets: Tensor, packing: Packing | None, *, n_buckets: int, bucket_size: int, window: int,
     n_global: int,
