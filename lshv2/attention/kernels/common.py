@@ -47,8 +47,8 @@ TILES: dict[str, Tile] = {
 
 
 def tile_for(kernel: str, dim: int, dtype: torch.dtype) -> Tile:
-    """The kernel's tile; four-byte or 128-wide heads get smaller ones, so that they fit in 96 KB of shared memory, which
-    is what consumer GPUs have. `local_queries` holds the most: a tile each of q, k, v, dO, dq and the sinks' shares."""
+    """The kernel's tile; four-byte or 128-wide heads get smaller ones, so that they fit in 96 KB of shared memory, what
+    consumer GPUs have. `local_queries` holds the most: a tile each of q, k, v, dO, dq and the sinks' shares."""
     tile = TILES[kernel]
     width = dim * dtype.itemsize
     halved = 2 if kernel == "local_queries" and dtype.itemsize == 4 else 1
