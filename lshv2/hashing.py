@@ -83,6 +83,11 @@ def _slices(x: Tensor, tables: list[Tensor]) -> list[Tensor]:
     return [x] * len(tables)
 
 
+def _whole_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: around us it would round the products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def part_ids(x: Tensor, table: Tensor) -> Tensor:
     """Nearest direction of one part: x [B,H,T,Dp], table [K,R,C,Dp] -> int64 [B,H,R,T]."""
     batch, n_heads, length, dim = x.shape
@@ -91,9 +96,10 @@ def part_ids(x: Tensor, table: Tensor) -> Tensor:
     grouped = x.reshape(batch, n_kv, -1, dim)  # [B,K,G*T,Dp]: the heads of a group share their table
     directions = table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype).to(work)
     rows = max(1, SCORES // (batch * n_kv * rounds * size))
-    pieces = [
-        (part.to(work) @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)
-    ]
+    with _whole_precision(x):
+        pieces = [
+            (part.to(work) @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)
+        ]
     ids = torch.cat(pieces, dim=2).view(batch, n_kv, n_heads // n_kv, length, rounds)
     return ids.permute(0, 1, 2, 4, 3).reshape(batch, n_heads, rounds, length)
 
@@ -141,7 +147,9 @@ def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
     number, mask = torch.arange(size, dtype=bits, device=x.device), (1 << (size - 1).bit_length()) - 1
     ids = []
     for part in x.reshape(batch, n_kv, -1, dim).split(max(1, SCORES // (batch * n_kv * size)), dim=2):
-        ranked = ((part.to(work) @ directions).view(bits) & ~mask | number).view(work)
+        with _whole_precision(x):
+            products = part.to(work) @ directions
+        ranked = (products.view(bits) & ~mask | number).view(work)
         if size > SLOTS:
             ranked = pad(ranked, (0, -size % SLOTS), value=-torch.inf).unflatten(-1, (-1, SLOTS)).amax(-2)
         winners = ranked.topk(n, dim=-1).values if n > 1 else ranked.amax(-1, keepdim=True)

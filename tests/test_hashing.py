@@ -207,3 +207,14 @@ def test_the_kernel_finds_the_same_cells(n_cells: int, n: int, groups: int, dim:
     seen = clear[:, :, None].expand(got.shape)
     assert clear.float().mean() > 0.3 and torch.equal(got[seen], want[seen])
     assert got.min() >= 0 and got.max() < n_cells and (got != want).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_no_id(dtype: torch.dtype) -> None:
+    """Products rounded to bfloat16 would tie, and have no last 32 bits to hold a number."""
+    tables, cells = codebook_tables(2, 3, 1024, 32, generator()), cell_table(2, 100, 32, generator())
+    x = torch.randn(1, 4, 300, 32, generator=generator(1)).to(dtype)
+    want = bucket_ids(x, tables), best_cells(x, cells, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = bucket_ids(x, tables), best_cells(x, cells, 4)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
