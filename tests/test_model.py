@@ -216,6 +216,18 @@ def test_an_inverted_file_follows_the_keys_alone() -> None:
     assert torch.allclose(attention.key_mean[:, 0], k.float().mean((0, 2)), atol=1e-4)
 
 
+def test_an_inverted_file_places_keys_by_what_sets_them_apart() -> None:
+    """What all keys have in common moves none of them to another cell once the mean is known; before, it does."""
+    attention = small(hashing="inverted_file").blocks[0].attention.eval()
+    generator = torch.Generator().manual_seed(0)
+    k, common = torch.randn(1, 2, 200, 8, generator=generator), 5 * torch.randn(2, 1, 8, generator=generator)
+    q = torch.randn(1, 4, 200, 8, generator=generator)
+    want = attention.hash(q, k)[1]
+    assert (attention.hash(q, k + common)[1] == want).float().mean() < 0.5
+    attention.key_mean.copy_(common)
+    assert (attention.hash(q, k + common)[1] == want).float().mean() > 0.99
+
+
 def test_building_and_running_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     a, b, c = small(seed=3), small(seed=3), small(seed=4)
