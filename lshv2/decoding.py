@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lshv2.attention.reference import full_precision
 from lshv2.config import ModelConfig
 from lshv2.errors import UserError
+from lshv2.precision import full_precision
 from lshv2.profiling import region
 
 

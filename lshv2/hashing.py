@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lshv2.precision import full_precision
+
 SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
 SLOTS = 64  # a query looks in one cell of a slot at most: with more cells than this, not quite the best ones
 MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
@@ -83,11 +85,6 @@ def _slices(x: Tensor, tables: list[Tensor]) -> list[Tensor]:
     return [x] * len(tables)
 
 
-def _whole_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: around us it would round the products."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def part_ids(x: Tensor, table: Tensor) -> Tensor:
     """Nearest direction of one part: x [B,H,T,Dp], table [K,R,C,Dp] -> int64 [B,H,R,T]."""
     batch, n_heads, length, dim = x.shape
@@ -96,7 +93,7 @@ def part_ids(x: Tensor, table: Tensor) -> Tensor:
     grouped = x.reshape(batch, n_kv, -1, dim)  # [B,K,G*T,Dp]: the heads of a group share their table
     directions = table.reshape(n_kv, rounds * size, dim).transpose(-1, -2).to(x.dtype).to(work)
     rows = max(1, SCORES // (batch * n_kv * rounds * size))
-    with _whole_precision(x):
+    with full_precision(x):
         pieces = [
             (part.to(work) @ directions).unflatten(-1, (rounds, size)).argmax(-1) for part in grouped.split(rows, dim=2)
         ]
@@ -147,7 +144,7 @@ def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
     number, mask = torch.arange(size, dtype=bits, device=x.device), (1 << (size - 1).bit_length()) - 1
     ids = []
     for part in x.reshape(batch, n_kv, -1, dim).split(max(1, SCORES // (batch * n_kv * size)), dim=2):
-        with _whole_precision(x):
+        with full_precision(x):
             products = part.to(work) @ directions
         ranked = (products.view(bits) & ~mask | number).view(work)
         if size > SLOTS:

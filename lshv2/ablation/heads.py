@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lshv2.ablation.variants import Variant
 from lshv2.attention.masked import interval_mask
-from lshv2.attention.reference import full_precision
 from lshv2.config import ModelConfig, Settings
 from lshv2.layers import Attention, rotary_angles, rotate
 from lshv2.model import LSHModel
+from lshv2.precision import full_precision
 
 
 class CentredAttention(Attention):

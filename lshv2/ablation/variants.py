@@ -31,6 +31,7 @@ class Variant:
 
     far: rotary fraction outside the window, of `two_way` (inside it is the settings').
     content_heads: part of the heads that carry no positions, of `mix`.
+    finer: buckets in multiples of T / W, the settings' own choice.
     only: the tasks that this variant is meant for, by the start of their name; empty: all.
     """
 
@@ -38,6 +39,7 @@ class Variant:
     special: Special = ""
     far: float = 0.5
     content_heads: float = 0.5
+    finer: int = 1
     only: str = ""
 
     @property
@@ -76,7 +78,7 @@ VARIANTS: dict[str, Variant] = {
     "inverted_file_r8": Variant({**INVERTED_FILE, **FINE}, only="language"),
     "inverted_file_r8_quarter": Variant({**INVERTED_FILE, **FINE, "model.rotary_fraction": 0.25}, only="language"),
     "inverted_file_fine_quarter": Variant(
-        {**INVERTED_FILE, "model.n_buckets": 64, "model.rotary_fraction": 0.25}, only="language-2048"),
+        {**INVERTED_FILE, "model.rotary_fraction": 0.25}, finer=2, only="language"),
     "inverted_file_coarse": Variant({**INVERTED_FILE, "model.n_buckets": 16}, only="language-2048"),
     "centred_quarter": Variant({**CROSS_POLYTOPE, "model.rotary_fraction": 0.25}, "centred"),
     "codebooks_full": _rotary(1.0),
@@ -110,7 +112,7 @@ TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
     ("recall-256", ("inverted_file_quarter", "inverted_file_content", "codebooks_quarter", "codebooks_content",
                     "dense_half", "dense_quarter", "dense_content", "inverted_file_half", "codebooks_half")),
-    ("language-8192", _CORE),
+    ("language-8192", (*_CORE, "inverted_file_fine_quarter")),
     ("language-2048", ("inverted_file_r8", "inverted_file_fine_quarter", "codebooks_half", "inverted_file_half",
                        "codebooks_r8_w32", "dense_full", "window_half")),
     ("language-2048", ("cross_polytope_half", "centred_half", "centred_quarter", "codebooks_centred_half",
@@ -165,7 +167,11 @@ class Job:
 
     def overrides(self) -> dict[str, Any]:
         """All that differs from the documented settings; two rows with the same ones are the same measurement."""
-        return {**self.base(), **VARIANTS[self.variant].settings}
+        variant = VARIANTS[self.variant]
+        values = {**self.base(), **variant.settings}
+        if variant.finer > 1:
+            values["model.n_buckets"] = variant.finer * make_settings("full", values).model.resolved_n_buckets
+        return values
 
     def settings(self) -> Settings:
         """Validated settings; raises `UserError` with one line."""

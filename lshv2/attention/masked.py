@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lshv2.attention.intervals import build_intervals
-from lshv2.attention.reference import document_starts, full_precision
+from lshv2.attention.reference import document_starts
+from lshv2.precision import full_precision
 from lshv2.profiling import region
 
 

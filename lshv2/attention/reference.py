@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: around us it would turn the products, and only them, to half precision."""
-    return torch.autocast(x.device.type, enabled=False)
+from lshv2.precision import full_precision
 
 
 def document_starts(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

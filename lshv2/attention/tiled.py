@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from lshv2.attention.far import FarTiles, far_backward, far_forward
 from lshv2.attention.intervals import Intervals, build_intervals
 from lshv2.attention.local import local_backward, local_forward
-from lshv2.attention.reference import full_precision
+from lshv2.precision import full_precision
 from lshv2.profiling import region
 
 
