@@ -151,10 +151,11 @@ def best_cells_triton(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     ids = torch.empty(batch, n_heads, n, length, dtype=torch.int32, device=x.device)
+    block = 2 * BLOCK if dim * x.element_size() <= 128 else BLOCK  # wider vectors would not fit
     launch(
-        _best_cells, (cdiv(length, BLOCK), n_heads, batch), (x, table.to(x.dtype).contiguous(), ids),
+        _best_cells, (cdiv(length, block), n_heads, batch), (x, table.to(x.dtype).contiguous(), ids),
         (*x.stride()[:3], length, n_heads, n_heads // table.shape[0]),
-        C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=BLOCK, SLOTS=max(16, min(slots, power_of_two(size))),
-        num_warps=4, num_stages=3,  # tiles of centroids are copied while others are multiplied
+        C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=block, SLOTS=max(16, min(slots, power_of_two(size))),
+        num_warps=4, num_stages=2,  # a tile of centroids is copied while another is multiplied
     )
     return ids

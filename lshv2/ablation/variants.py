@@ -55,13 +55,14 @@ def _rotary(fraction: float, **more: Any) -> Variant:
     return Variant({"model.rotary_fraction": fraction}, **more)
 
 
-def _shape(rounds: int, bucket_size: int, window: int = 256) -> Variant:
+def _shape(rounds: int, bucket_size: int, window: int = 256, **more: Any) -> Variant:
     shape = {"model.n_rounds": rounds, "model.bucket_size": bucket_size, "model.window": window}
-    return Variant(shape, only="language")
+    return Variant({**shape, **more}, only="language")
 
 
 CROSS_POLYTOPE = {"model.hashing": "cross_polytope"}
 INVERTED_FILE = {"model.hashing": "inverted_file"}
+CONTENT_CELLS = {**INVERTED_FILE, "model.rotary_fraction": 0.25}
 FINE = {"model.n_rounds": 8, "model.bucket_size": 32}  # as many keys in smaller pieces
 VARIANTS: dict[str, Variant] = {
     "codebooks_half": Variant(),
@@ -73,12 +74,15 @@ VARIANTS: dict[str, Variant] = {
     # the keys of R·W + window, all of them the most recent: what finding has to beat
     "window_512_half": Variant({"model.attention": "window", "model.window": 512}, only="language"),
     "inverted_file_half": Variant(INVERTED_FILE),
-    "inverted_file_quarter": Variant({**INVERTED_FILE, "model.rotary_fraction": 0.25}),
+    "inverted_file_quarter": Variant(CONTENT_CELLS),
     "inverted_file_content": Variant({**INVERTED_FILE, "model.rotary_fraction": 0.0}),
     "inverted_file_r8": Variant({**INVERTED_FILE, **FINE}, only="language"),
-    "inverted_file_r8_quarter": Variant({**INVERTED_FILE, **FINE, "model.rotary_fraction": 0.25}, only="language"),
-    "inverted_file_fine_quarter": Variant(
-        {**INVERTED_FILE, "model.rotary_fraction": 0.25}, finer=2, only="language"),
+    "inverted_file_r8_quarter": Variant({**CONTENT_CELLS, **FINE}, only="language"),
+    "inverted_file_fine_quarter": Variant(CONTENT_CELLS, finer=2, only="language"),
+    # what the full-size model sees: 512 and 1,024 found keys
+    "inverted_file_w128_quarter": _shape(4, 128, **CONTENT_CELLS),
+    "inverted_file_r8_w64_quarter": _shape(8, 64, **CONTENT_CELLS),
+    "inverted_file_r8_w128_quarter": _shape(8, 128, **CONTENT_CELLS),
     "inverted_file_coarse": Variant({**INVERTED_FILE, "model.n_buckets": 16}, only="language-2048"),
     "centred_quarter": Variant({**CROSS_POLYTOPE, "model.rotary_fraction": 0.25}, "centred"),
     "codebooks_full": _rotary(1.0),
@@ -112,7 +116,8 @@ TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
     ("recall-256", ("inverted_file_quarter", "inverted_file_content", "codebooks_quarter", "codebooks_content",
                     "dense_half", "dense_quarter", "dense_content", "inverted_file_half", "codebooks_half")),
-    ("language-8192", (*_CORE, "inverted_file_fine_quarter")),
+    ("language-8192", (*_CORE, "inverted_file_fine_quarter", "inverted_file_w128_quarter",
+                       "inverted_file_r8_w64_quarter", "inverted_file_r8_w128_quarter")),
     ("language-2048", ("inverted_file_r8", "inverted_file_fine_quarter", "codebooks_half", "inverted_file_half",
                        "codebooks_r8_w32", "dense_full", "window_half")),
     ("language-2048", ("cross_polytope_half", "centred_half", "centred_quarter", "codebooks_centred_half",
