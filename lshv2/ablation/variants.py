@@ -55,9 +55,9 @@ def _rotary(fraction: float, **more: Any) -> Variant:
     return Variant({"model.rotary_fraction": fraction}, **more)
 
 
-def _shape(rounds: int, bucket_size: int, window: int = 256, **more: Any) -> Variant:
+def _shape(rounds: int, bucket_size: int, window: int = 256, base: dict[str, Any] | None = None) -> Variant:
     shape = {"model.n_rounds": rounds, "model.bucket_size": bucket_size, "model.window": window}
-    return Variant({**shape, **more}, only="language")
+    return Variant({**(base or {}), **shape}, only="language")
 
 
 CROSS_POLYTOPE = {"model.hashing": "cross_polytope"}
@@ -80,9 +80,9 @@ VARIANTS: dict[str, Variant] = {
     "inverted_file_r8_quarter": Variant({**CONTENT_CELLS, **FINE}, only="language"),
     "inverted_file_fine_quarter": Variant(CONTENT_CELLS, finer=2, only="language"),
     # what the full-size model sees: 512 and 1,024 found keys
-    "inverted_file_w128_quarter": _shape(4, 128, **CONTENT_CELLS),
-    "inverted_file_r8_w64_quarter": _shape(8, 64, **CONTENT_CELLS),
-    "inverted_file_r8_w128_quarter": _shape(8, 128, **CONTENT_CELLS),
+    "inverted_file_w128_quarter": _shape(4, 128, base=CONTENT_CELLS),
+    "inverted_file_r8_w64_quarter": _shape(8, 64, base=CONTENT_CELLS),
+    "inverted_file_r8_w128_quarter": _shape(8, 128, base=CONTENT_CELLS),
     "inverted_file_coarse": Variant({**INVERTED_FILE, "model.n_buckets": 16}, only="language-2048"),
     "centred_quarter": Variant({**CROSS_POLYTOPE, "model.rotary_fraction": 0.25}, "centred"),
     "codebooks_full": _rotary(1.0),
