@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import median
@@ -56,7 +56,8 @@ def check_settings(tiers: list[list[Job]], rows: list[dict[str, Any]]) -> None:
     for job in {job.task: job for tier in tiers for job in tier}.values():
         base = job.base()
         for row in (row for row in rows if row["task"] == job.task):
-            own, was = VARIANTS[row["variant"]].settings, row["settings"]
+            full = replace(job, variant=row["variant"]).overrides()
+            own, was = [key for key in full if full[key] != base.get(key, ...)], row["settings"]
             other = sorted(key for key in {*base, *was} - {*own} if base.get(key, ...) != was.get(key, ...))
             if other:
                 raise UserError(
