@@ -53,9 +53,9 @@ class ModelConfig(Section):
         None, description="buckets per round, a power of two; None takes the one nearest max_seq_len / bucket_size"
     )
     attention: Literal["lsh", "dense", "window"] = Field("lsh", description="dense and window are the twins")
-    hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "codebooks"
+    hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "inverted_file"
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
-    rotary_fraction: Fraction = Field(0.5, description="part of each head's dimensions that carries positions")
+    rotary_fraction: Fraction = Field(0.25, description="part of each head's dimensions that carries positions")
     rotary_base: PositiveFloat = 10_000.0
     ponder_prior: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="λ_p of the geometric prior")
     ponder_beta: NonNegativeFloat = Field(

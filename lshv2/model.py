@@ -38,6 +38,7 @@ from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
 
 Angles = tuple[Tensor, Tensor]  # cos, sin
+HASH_SEED = 1 << 32  # added to a model's seed
 
 
 @dataclass
@@ -61,22 +62,23 @@ class LMOutput:
 
 
 class LSHModel(nn.Module):
-    """The model of a `ModelConfig`; weights are drawn from a generator seeded with `seed`."""
+    """The model of a `ModelConfig`; weights are drawn from a generator seeded with `seed`, hash tables from another."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        # hash tables of another shape, or none, leave the weights as they are: twins of a seed start alike
+        hashes = torch.Generator().manual_seed(HASH_SEED + seed)
         self.config = config
         self.gradient_checkpoint = False  # the trainer's choice, not a property of the weights
         table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
-        self.blocks = nn.ModuleList(Block(config, generator) for _ in range(config.weight_tied_layers))
+        self.blocks = nn.ModuleList(Block(config, hashes) for _ in range(config.weight_tied_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.head = skip_init(nn.Linear, config.d_model, config.vocab_size, bias=False)
         if config.use_ponder:
             self.step_embedding = nn.Parameter(torch.zeros(config.n_ponder_steps, config.d_model))
             self.halt = skip_init(nn.Linear, config.d_model, 1)
-        self._initialise(generator)
+        self._initialise(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:

@@ -44,12 +44,13 @@ def decoding_error(model: LSHModel, x: Tensor, lengths: list[int]) -> float:
 CONFIGURATIONS = {
     "plain": {},
     "cross_polytope": dict(hashing="cross_polytope"),
-    "inverted_file": dict(hashing="inverted_file"),
-    "inverted_file_of_few_cells": dict(hashing="inverted_file", n_buckets=2, n_rounds=4),
+    "codebooks": dict(hashing="codebooks"),
+    "fewer_cells_than_rounds": dict(n_buckets=2, n_rounds=4),
     "ponder": PONDER,
     "ponder_cross_polytope": dict(**PONDER, hashing="cross_polytope"),
     "one_bucket": dict(n_buckets=1),
-    "product_of_codebooks": dict(n_buckets=128, bucket_size=2),
+    "product_of_codebooks": dict(hashing="codebooks", n_buckets=128, bucket_size=2),
+    "more_cells_than_slots": dict(n_buckets=128, bucket_size=2),
     "no_groups_no_sinks": dict(n_kv_heads=4, n_global=0),
     "one_key_head": dict(n_kv_heads=1, n_rounds=1),
     "window_1": dict(window=1, n_global=5),
@@ -194,12 +195,13 @@ def test_the_watch_sees_what_it_is_to_see() -> None:
     assert {"index", "_local_scalar_dense"} <= watch.waits and watch.readers - {"index"}
 
 
-def test_memory_is_the_keys_the_values_and_the_rings() -> None:
-    model = small(max_seq_len=4096)
+@pytest.mark.parametrize(("hashing", "tables"), [("codebooks", 3), ("inverted_file", 1)])
+def test_memory_is_the_keys_the_values_and_the_rings(hashing: str, tables: int) -> None:
+    model = small(max_seq_len=4096, hashing=hashing)
     _, cache = model.prefill(ids(), [100, 70], capacity=4000)
     for layer in cache.layers:
         assert layer.k.shape == layer.v.shape == (2 * 2 * 4000, 8)
-        assert layer.rings.shape == (2 * 2 * 3 * 4 + 1, 8) and layer.slot.shape == (2 * 2 * 3 * 4 + 1,)
+        assert layer.rings.shape == (2 * 2 * tables * 4 + 1, 8) and layer.slot.shape == (2 * 2 * tables * 4 + 1,)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")

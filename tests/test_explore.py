@@ -130,7 +130,7 @@ def test_captured_q_and_k_are_what_the_layer_attends_with() -> None:
 
 
 def test_own_tables_come_first_and_others_are_named_untrained(runs: Path) -> None:
-    run = trained("own", age=0)
+    run = trained("own", age=0, **{"model.hashing": "codebooks"})
     explorer = Explorer(open_subject(length=32))
     start = explorer.start
     table = explorer.subject.model.blocks[0].attention.tables[0]  # type: ignore[union-attr]
@@ -200,7 +200,7 @@ def test_a_bad_subject_is_one_clear_line(runs: Path, run_dir: str, length: int, 
     [
         ({"head": 4}, "head=4 is not between 0 and 3"), ({"layer": 99}, "layer=99 is not between 0 and 3"),
         ({"n_rounds": 9}, "n_rounds=9 is not between 0 and 8"),
-        ({"n_buckets": 12}, "n_buckets=12 is not a power of two"),
+        ({"n_buckets": 12, "hashing": "codebooks"}, "n_buckets=12 is not a power of two"),
         ({"hashing": "md5"}, "hashing='md5' is unknown; allowed: codebooks, cross_polytope, inverted_file"),
         ({"text": "Hamlet"}, "text='Hamlet' is unknown; allowed: random ids"), ({"window": 0}, "window=0 is not"),
     ],

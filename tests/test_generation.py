@@ -24,7 +24,7 @@ def greedy(model: LSHModel, prompt: list[int], n: int) -> list[int]:
 
 @pytest.mark.parametrize("changes", [{}, PONDER, dict(attention="dense")], ids=["plain", "ponder", "dense"])
 def test_greedy_generation_is_the_argmax_of_repeated_forwards(changes: dict[str, Any]) -> None:
-    model = small(**changes)
+    model = small(seed=4, **changes)
     prompts = [ids()[0, :30].tolist(), [7], ids()[1, :11].tolist()]
     new = model.generate(prompts, 25)
     assert new.tolist() == [greedy(model, prompt, 25) for prompt in prompts]

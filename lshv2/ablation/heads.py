@@ -119,13 +119,8 @@ def attentions(model: LSHModel) -> list[Attention]:
 
 
 def build_model(settings: Settings, variant: Variant) -> LSHModel:
-    """The model of these settings and seed with the variant's attention in every block.
-
-    Twins of a seed start from the same weights: hash tables of other shapes take more or fewer draws from the model's
-    generator before the weights do, so the weights are drawn again from one of their own.
-    """
+    """The model of these settings and seed with the variant's attention in every block."""
     model = LSHModel(settings.model, settings.seed)
-    model._initialise(torch.Generator().manual_seed(settings.seed))
     classes = {"centred": CentredAttention, "mix": MixedAttention, "two_way": TwoWayAttention}
     for block, plain in zip(model.blocks, attentions(model), strict=True):
         if variant.special == "no_shift":
