@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a phase failed, 2 the person can mend it (one line says ho
 
 from __future__ import annotations
 
+import glob
 import shlex
 import shutil
 import sys
@@ -146,7 +147,7 @@ def _data(text: str) -> str | None:
     if not text:
         return None
     path = Path(text).expanduser().absolute()
-    if not path.exists():
+    if not path.exists() and not glob.glob(str(path), recursive=True):
         raise UserError(f"DATA={text} does not exist (looked for {path}); give a text file or a folder of them")
     return str(path)
 

@@ -1,5 +1,8 @@
 """Checkpoints: one safetensors file a step, written atomically, found through `last.json`, verified by sha256.
 
+Kept are the newest `keep`, the one of the lowest `loss_eval`, and every one at a multiple of `every` steps: at most
+keep + 1 + steps // every files (keep + 1 without `every`), and one more, under a temporary name, while it is written.
+
 Tensors `model.<name>`, `optimizer.<index>.<key>`, `rng.cpu` (and `rng.cuda`); everything that is not a tensor is JSON
 in the file's metadata under "state". safetensors holds no code and no pickles, but accepts flipped bits: hence the
 sha256 in `last.json`. A damaged newest file falls back to the one before, and says so.
@@ -20,26 +23,32 @@ from lshv2.errors import UserError
 from lshv2.runs import atomic_path, read_json, sha256, write_json
 
 LAST = "last.json"
+Entry = dict[str, Any]  # of last.json
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int,
+    *, every: int | None = None, loss_eval: float | None = None, suffix: str = "",
 ) -> Path:
-    """Write `step_<n>.safetensors`, then `last.json`; delete all but the newest `keep` files."""
+    """Write `step_<n><suffix>.safetensors`, then `last.json`; delete what the policy does not keep.
+
+    loss_eval: of this step, None where it was not evaluated. suffix: tells a second file of the same step from the
+    first, which then stays whole until `last.json` names the second.
+    """
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": x for key, x in values.items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    path = folder / f"step_{step:08d}.safetensors"
+    path = folder / f"step_{step:08d}{suffix}.safetensors"
     with atomic_path(path) as temporary:
         packed = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         save_file(packed, temporary, metadata={"state": json.dumps({**state, "step": step})})
-    listed, _ = read_json(folder / LAST)
-    older = [e for e in (listed or {}).get("history", []) if e["step"] < step and (folder / e["file"]).exists()]
-    history = [*older, {"file": path.name, "sha256": sha256(path), "step": step}][-keep:]
-    write_json(folder / LAST, {**history[-1], "history": history})
+    older = [e for e in listed_checkpoints(folder) if e["step"] < step and (folder / e["file"]).exists()]
+    entry = {"file": path.name, "sha256": sha256(path), "step": step, "loss_eval": loss_eval}
+    history = _kept([*older, entry], keep, every)
+    _write_list(folder, history)
     for torn in folder.glob(".step_*.tmp"):  # a kill while writing leaves one, as large as a checkpoint
         torn.unlink()
     for stale in set(folder.glob("step_*.safetensors")) - {folder / e["file"] for e in history}:
@@ -47,24 +56,62 @@ def save_checkpoint(
     return path
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose sha256 holds, and a line for each newer one that was passed over.
-
-    None where none was ever written. Raises `UserError` when some were and none is sound: nothing is thrown away.
-    """
+def listed_checkpoints(folder: Path) -> list[Entry]:
+    """The entries of `last.json`, oldest first: `file sha256 step loss_eval`. Empty where none was ever written."""
     if not (folder / LAST).exists():
-        return None, []
+        return []
     listed, problem = read_json(folder / LAST)
     if not isinstance(listed, dict) or "history" not in listed:
         raise UserError(f"{folder / LAST} is damaged ({problem or 'no history'}): mend it, or start again with FORCE=1")
+    return listed["history"]
+
+
+def lowest(entries: list[Entry]) -> Entry | None:
+    """The entry of the lowest loss_eval, of equal ones the earliest; None where none was evaluated."""
+    evaluated = [e for e in entries if e.get("loss_eval") is not None]
+    return min(evaluated, key=lambda e: (e["loss_eval"], e["step"]), default=None)
+
+
+def _kept(entries: list[Entry], keep: int, every: int | None) -> list[Entry]:
+    best = lowest(entries)
+    return [
+        e for i, e in enumerate(entries)
+        if i >= len(entries) - keep or e is best or (every is not None and e["step"] > 0 and e["step"] % every == 0)
+    ]
+
+
+def _write_list(folder: Path, history: list[Entry]) -> None:
+    write_json(folder / LAST, {**history[-1], "best": lowest(history), "history": history})
+
+
+def find_checkpoint(folder: Path, *, best: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose sha256 holds (best: of the lowest loss_eval), and a line for each one passed over.
+
+    None where none was ever written, or, for the best, evaluated. Raises `UserError` when some were and none is sound:
+    nothing is thrown away.
+    """
+    entries = listed_checkpoints(folder)
+    if best:
+        entries = [e for e in entries if e.get("loss_eval") is not None]
+        entries.sort(key=lambda e: (-e["loss_eval"], -e["step"]))
     notes: list[str] = []
-    for entry in reversed(listed["history"]):
+    for entry in reversed(entries):
         path = folder / entry["file"]
         if path.exists() and sha256(path) == entry["sha256"]:
             return path, notes
         state = "damaged" if path.exists() else "missing"
-        notes.append(f"checkpoint {path} is {state}: falling back to the one before")
-    raise UserError(f"no sound checkpoint is left in {folder} ({'; '.join(notes)}): start again with FORCE=1")
+        notes.append(f"checkpoint {path} is {state}: falling back to the {'next best' if best else 'one before'}")
+    if notes:
+        raise UserError(f"no sound checkpoint is left in {folder} ({'; '.join(notes)}): start again with FORCE=1")
+    return None, notes
+
+
+def forget_newer(folder: Path, path: Path) -> None:
+    """Strike from `last.json` what comes after `path`: passed over as damaged, and about to be computed again."""
+    entries = listed_checkpoints(folder)
+    names = [e["file"] for e in entries]
+    if names[-1] != path.name:
+        _write_list(folder, entries[: names.index(path.name) + 1])
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -102,15 +102,28 @@ class DataConfig(Section):
     """What phase 2 prepares: real text for the language model, synthetic sequences for the probes."""
 
     source: str | None = Field(
-        None, description="a .txt/.md/.py/.jsonl file or a folder of them; None: Python's standard library sources"
+        None,
+        description="a .txt/.md/.py/.jsonl file, a folder of them or a glob; None: Python's standard library sources",
+    )
+    stream: bool = Field(
+        False, description="read the shards of `source` (.jsonl.gz too) while training, none of it prepared but eval"
+    )
+    shuffle_buffer: PositiveInt = Field(
+        16, description="windows that each worker of a stream holds and draws from; a resume rereads up to two such"
     )
     eval_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="part of the documents held out")
     max_bytes: PositiveInt | None = Field(
-        None, description="use at most this much text, whole documents in seeded order; None: all"
+        None, description="use at most this much text, whole documents in seeded order; None: all. Not of a stream"
     )
     synthetic_seq_length: PositiveInt = Field(4096, description="tokens in a copy or needle sequence")
     num_synthetic_train: PositiveInt = Field(1_000, description="copy and needle sequences each, train split")
     num_synthetic_eval: PositiveInt = Field(100, description="copy and needle sequences each, eval split")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.stream and self.source is None:
+            raise ValueError("stream=true needs a source of shards: DATA=<folder or glob>")
+        return self
 
 
 class TrainingConfig(Section):
@@ -135,7 +148,8 @@ class TrainingConfig(Section):
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: PositiveInt = Field(250, description="steps between evaluations")
     checkpoint_every: PositiveInt = Field(250, description="steps between checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept, besides the best (lowest loss_eval)")
+    keep_every: PositiveInt | None = Field(None, description="steps between checkpoints kept for good; None: none is")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU")
 
     @model_validator(mode="after")
@@ -199,6 +213,27 @@ class BenchmarkConfig(Section):
         return self
 
 
+class TrackingConfig(Section):
+    """Where the metrics are mirrored. No result depends on it: another choice reruns no phase."""
+
+    trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = Field(
+        (), description="one or several, such as wandb,tensorboard; their packages: pip install -e '.[tracking]'"
+    )
+    project: str = Field("lsh_v2", min_length=1, description="the W&B project, the MLflow experiment")
+    mlflow_uri: str | None = Field(
+        None, description="an MLflow store; None: $MLFLOW_TRACKING_URI, else SQLite in the run folder"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("trackers"), str | list):  # as typed; as JSON
+            given = values["trackers"]
+            names = [name for name in given.split(",") if name] if isinstance(given, str) else given
+            return {**values, "trackers": tuple(dict.fromkeys(names))}
+        return values
+
+
 class Settings(Section):
     """All that determines a run, besides the machine and the code."""
 
@@ -210,6 +245,7 @@ class Settings(Section):
     train: TrainingConfig = TrainingConfig()
     recall: RecallConfig = RecallConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def recall_model(self) -> ModelConfig:

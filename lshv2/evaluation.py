@@ -18,12 +18,16 @@ Batch = tuple[Tensor, Tensor]  # input_ids [B,T], labels [B,T]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over scored tokens: `loss` in nats; `accuracy` of the most likely token; ponder steps a token."""
+    """Means over scored tokens: `loss` in nats; `accuracy` of the most likely token; ponder steps a token.
+
+    halted_at: the part of all tokens that halted at step 1, 2, .. of the model's; a model without pondering takes all.
+    """
 
     loss: float
     accuracy: float
     ponder_steps: float
     tokens: int
+    halted_at: tuple[float, ...]
     bits_per_byte: float | None = None
 
 
@@ -42,8 +46,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    nats = hits = n_bytes = steps = 0.0
-    scored = seen = 0
+    nats = hits = n_bytes = 0.0
+    scored = 0
+    halted = torch.zeros(model.config.n_ponder_steps, dtype=torch.int64)
     for input_ids, labels in batches:
         input_ids, labels = input_ids.to(device), labels.to(device)
         with autocast():
@@ -55,14 +60,15 @@ def evaluate(
         nats += out.cross_entropy.double().sum().item()
         hits += (predicted == targets).sum().item()
         scored += int(where.sum())
-        steps += out.ponder_steps.double().sum().item()
-        seen += input_ids.numel()
+        halted += out.ponder_steps.long().flatten().cpu().bincount(minlength=len(halted) + 1)[1:]
         if token_bytes is not None:
             n_bytes += token_bytes.to(device)[targets].double().sum().item()
         on_batch()
     model.train(was_training)
     per_byte = nats / math.log(2) / n_bytes if n_bytes else None
-    return Evaluation(nats / max(scored, 1), hits / max(scored, 1), steps / max(seen, 1), scored, per_byte)
+    seen, steps = int(halted.sum()), sum(n * count for n, count in enumerate(halted.tolist(), 1))
+    shares = tuple(count / max(seen, 1) for count in halted.tolist())
+    return Evaluation(nats / max(scored, 1), hits / max(scored, 1), steps / max(seen, 1), scored, shares, per_byte)
 
 
 def _most_likely(hidden: Tensor, head: Tensor, rows: int = 4096) -> Tensor:

@@ -84,17 +84,19 @@ class Attention(nn.Module):
     def sums(self) -> list[Tensor]:
         return [self.get_buffer(f"sum{i}") for i in range(self.n_tables)]
 
-    def project(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, before: Tensor | None = None, asking: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,T,d] -> unrotated, normalised q [B,H,T,D], k [B,K,T,D], and v [B,K,T,D].
 
-        before [B,T,d]: the token before each; None: x are the first T tokens.
+        before [B,T,d]: the token before each; None: x are the first T tokens. asking: only so many have queries.
         """
         dim = self.config.head_dim
         before = pad(x, (0, 0, 1, 0))[:, :-1] if before is None else before
         shifted = x + self.shift.to(x.dtype) * before  # x_t + μ x_{t−1}: strictly causal
         q, k, v = (
             layer(source).unflatten(-1, (-1, dim)).transpose(1, 2)
-            for layer, source in ((self.query, x), (self.key, shifted), (self.value, x))
+            for layer, source in ((self.query, x[:, :asking]), (self.key, shifted), (self.value, x))
         )
         return rms_norm(q, (dim,)).to(v.dtype), rms_norm(k, (dim,)).to(v.dtype), v
 
@@ -153,17 +155,20 @@ class Attention(nn.Module):
             count.zero_()
 
     def prepare(
-        self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None = None, asking: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What attention weighs and finds: q [B,H,T,D] and k with positions, v [B,K,T,D], and both bucket ids."""
+        """What attention weighs and finds: q [B,H,T,D] and k with positions, v [B,K,T,D], and both bucket ids.
+
+        before, asking: see `project`.
+        """
         config = self.config
-        q, k, v = self.project(x, before)
+        q, k, v = self.project(x, before, asking)
         if config.attention == "lsh":
             q_ids, k_ids = self.hash(q, k)
         else:
-            q_ids = torch.zeros(q.shape[0], config.n_heads, 0, x.shape[1], dtype=torch.int32, device=x.device)
-            k_ids = q_ids[:, : config.n_kv_heads]
-        q = rotate(q, cos, sin) * self.log_temperature.exp().to(q.dtype)[:, None, None]
+            q_ids, k_ids = (y.new_zeros(*y.shape[:2], 0, y.shape[2], dtype=torch.int32) for y in (q, k))
+        q = rotate(q, cos[..., :asking, :], sin[..., :asking, :])
+        q = q * self.log_temperature.exp().to(q.dtype)[:, None, None]
         return q, rotate(k, cos, sin), v, q_ids, k_ids
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
@@ -208,6 +213,10 @@ class Block(nn.Module):
         """x [B,T,d] -> [B,T,d]; cache: see `Attention.cached`."""
         h = self.attention_norm(x)
         x = x + (self.attention(h, cos, sin) if cache is None else self.attention.cached(h, cos, sin, cache))
+        return self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half, with its residual: x [.., d] -> [.., d]."""
         h = self.ff_norm(x)
         with region("feed_forward"):
             return x + self.down(silu(self.gate(h)) * self.up(h))

@@ -13,7 +13,7 @@ from lshv2.runs import SCHEMA, Run, read_jsonl, write_json
 
 TRAIN_COLUMNS = ("step", "loss_train", "learning_rate", "tokens_per_sec", "ponder_steps", "grad_norm", "tokens")
 EVAL_COLUMNS = {"step": "eval_step", "loss_eval": "loss_eval", "bits_per_byte": "bits_per_byte", "accuracy": "accuracy",
-                "ponder_steps": "eval_ponder_steps"}
+                "ponder_steps": "eval_ponder_steps", "halted_at": "halted_at"}
 
 
 def standing(records: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:

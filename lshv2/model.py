@@ -7,10 +7,10 @@
 
 `n_layers` blocks are `weight_tied_layers` distinct ones applied `n_layers / weight_tied_layers` times; one pass over
 the distinct ones is a ponder step. While training every step answers and the losses are weighed by the halting
-distribution; in `eval()` a token halts at the first step whose cumulative halting probability reaches
-`ponder_threshold`, keeps its state from there on, and that state answers.
+distribution; in `eval()` tokens halt, and the later steps go on without them (`lshv2.halting`):
 
-Not here yet: compaction of halted tokens.
+    out = model.eval()(input_ids)                                        # at ponder_threshold
+    out = model(input_ids, draw=torch.Generator().manual_seed(0))        # by a draw from each token's λ
 Legend: B batch, T tokens, d model width, V vocabulary, N ponder steps.
 """
 
@@ -31,6 +31,7 @@ from lshv2.config import ModelConfig, parse_size
 from lshv2.decoding import Cache
 from lshv2.errors import UserError
 from lshv2.generation import GraphedStep, Prompts, Step, as_batch, check_sampling, tokens
+from lshv2.halting import answer
 from lshv2.layers import Block, rotary_angles
 from lshv2.losses import IGNORE, token_cross_entropy
 from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
@@ -97,7 +98,7 @@ class LSHModel(nn.Module):
             prior = self.config.ponder_prior
             self.halt.bias.fill_(torch.tensor(prior / (1 - prior)).log())  # start at the prior
 
-    def _step(self, x: Tensor, n: int, angles: Angles, cache: Cache | None = None) -> Tensor:
+    def step_of_all(self, x: Tensor, n: int, angles: Angles, cache: Cache | None = None) -> Tensor:
         """Ponder step n: every distinct block once. x [B,T,d] -> [B,T,d]."""
         if self.config.use_ponder:
             x = x + self.step_embedding[n].to(x.dtype)
@@ -108,12 +109,17 @@ class LSHModel(nn.Module):
                 x = block(x, *angles, cache.layers[n * len(self.blocks) + i] if cache else None)
         return x
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LMOutput:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, *, draw: torch.Generator | None = None
+    ) -> LMOutput:
         """input_ids int64 [B,T]; labels int64 [B,T]: labels[t] is predicted at t − 1, -100 is not scored.
 
-        Raises ValueError when T is above `max_seq_len`.
+        draw: outside training, halting is sampled with it instead of taking `ponder_threshold`. Raises ValueError when
+        T is above `max_seq_len`, and UserError on `draw` where nothing halts.
         """
         config = self.config
+        if draw is not None and (self.training or not config.use_ponder):
+            raise UserError("draw samples where tokens halt: it needs use_ponder=True and model.eval()")
         length = input_ids.shape[1]
         if length > config.max_seq_len:
             raise ValueError(f"{length} tokens are more than max_seq_len={config.max_seq_len}")
@@ -121,7 +127,7 @@ class LSHModel(nn.Module):
         x = self.embedding(input_ids)
         if self.training and config.use_ponder:
             return self._train_ponder(x, angles, labels)
-        x, steps = self._answer(x, angles)
+        x, steps = self._answer(x, angles, draw=draw)
         out = LMOutput(self.norm(x), self.head.weight, steps)
         if labels is not None:
             with region("head_loss"):
@@ -129,18 +135,27 @@ class LSHModel(nn.Module):
                 out.loss = out.cross_entropy.sum() / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
         return out
 
-    def _answer(self, x: Tensor, angles: Angles, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+    def _answer(
+        self, x: Tensor, angles: Angles, cache: Cache | None = None, draw: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The states [B,T,d] that answer outside training, and the steps [B,T] they took."""
         if self.config.use_ponder:
-            return self._halting(x, angles, cache)
+            return answer(
+                [*self.blocks], self.step_embedding, self._halt_logits, x, angles,
+                threshold=self.config.ponder_threshold, cache=cache, draw=draw,
+            )
         for n in range(self.config.n_ponder_steps):
-            x = self._step(x, n, angles, cache)
+            x = self.step_of_all(x, n, angles, cache)
         return x, x.new_full(x.shape[:2], self.config.n_ponder_steps, dtype=torch.float32)
+
+    def _halt_logits(self, x: Tensor) -> Tensor:
+        """[.., d] -> float32 logits of λ [..]."""
+        return self.halt(self.norm(x)).squeeze(-1).float()
 
     def _train_ponder(self, x: Tensor, angles: Angles, labels: Tensor | None) -> LMOutput:
         states, halts, losses = [], [], []
         for n in range(self.config.n_ponder_steps):
-            x = self._step(x, n, angles)
+            x = self.step_of_all(x, n, angles)
             state = self.norm(x)
             states.append(state)
             halts.append(self.halt(state).squeeze(-1).float())
@@ -157,22 +172,6 @@ class LSHModel(nn.Module):
                 torch.stack(losses), aligned, scored, prior=self.config.ponder_prior, beta=self.config.ponder_beta
             )
         return out
-
-    def _halting(self, x: Tensor, angles: Angles, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Deterministic halting: the state of each token at the step where it halts, and the steps it took."""
-        go_on = x.new_ones(x.shape[:2], dtype=torch.float32)  # Π (1 − λ), so that 1 − go_on is the cumulative p
-        active = torch.ones_like(go_on, dtype=torch.bool)
-        steps = torch.zeros_like(go_on)
-        for n in range(self.config.n_ponder_steps):
-            moved = self._step(x, n, angles, cache)
-            x = torch.where(active[..., None], moved, x)  # a halted token keeps its state for later ones to attend to
-            steps += active
-            go_on = go_on * (1 - self.halt(self.norm(moved)).squeeze(-1).float().sigmoid())
-            active = active & (1 - go_on < self.config.ponder_threshold)
-            # with a cache all go on: a later token may think longer, and attends to these at its own step
-            if cache is None and n + 1 < self.config.n_ponder_steps and not active.any():
-                break
-        return x, steps
 
     def _token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """[B,T,d], labels [B,T] -> nats [B,T]; position 0 is never predicted."""

@@ -24,10 +24,10 @@ def halting_log_probs(halt_logits: Tensor) -> Tensor:
     return before + stop
 
 
-def truncated_geometric(n_steps: int, prior: float) -> Tensor:
-    """The prior over steps 1..N: λ_p (1 − λ_p)^(n−1), renormalised. [N], sums to one."""
-    weights = prior * (1 - prior) ** torch.arange(n_steps, dtype=torch.float64)
-    return (weights / weights.sum()).float()
+def truncated_geometric(n_steps: int, prior: float, device: torch.device | None = None) -> Tensor:
+    """The prior over steps 1..N: λ_p (1 − λ_p)^(n−1), renormalised. float64 [N], sums to one."""
+    weights = prior * (1 - prior) ** torch.arange(n_steps, dtype=torch.float64, device=device)
+    return weights / weights.sum()
 
 
 def ponder_loss(cross_entropy: Tensor, log_p: Tensor, scored: Tensor, *, prior: float, beta: float) -> Tensor:
@@ -37,7 +37,7 @@ def ponder_loss(cross_entropy: Tensor, log_p: Tensor, scored: Tensor, *, prior: 
     """
     p = log_p.exp()
     expected = (p * cross_entropy).sum(0)
-    log_prior = truncated_geometric(log_p.shape[0], prior).log().to(log_p)
+    log_prior = truncated_geometric(log_p.shape[0], prior, log_p.device).log().to(log_p)
     divergence = (p * (log_p - log_prior[:, None, None])).sum(0)
     return ((expected + beta * divergence) * scored).sum() / scored.sum().clamp_min(1)
 

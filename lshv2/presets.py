@@ -28,7 +28,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             vocab_size=2048, d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, max_seq_len=16_384, d_ff=512,
             weight_tied_layers=2, bucket_size=64, window=64, n_buckets=64,
         ),
-        "data": dict(max_bytes=16_000_000, synthetic_seq_length=512, num_synthetic_train=200, num_synthetic_eval=20),
+        "data": dict(max_bytes=16_000_000, shuffle_buffer=256, synthetic_seq_length=512, num_synthetic_train=200,
+                     num_synthetic_eval=20),
         "train": dict(
             model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=520,
             num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=65, checkpoint_every=65,

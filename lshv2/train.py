@@ -2,24 +2,42 @@
 
     train_run(run)      # resumes by itself; writes metrics.jsonl, training_metrics.json, component_profiles.json
     sample_text(run)    # what the trained model writes
+
+    python -m lshv2.train --config runs/<run>/config.json    # the same without notebooks and markers
+
+The command's exit status: 0 done, 2 a mistake that the person can mend, 128 + signal (SIGTERM 143, SIGINT 130) when
+it stopped after a checkpoint; the last two say one line on standard error.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from lshv2.batches import Task
 from lshv2.checkpoint import find_checkpoint, load_model, read_checkpoint
-from lshv2.data import chance, ensure, language_dataset, load_token_bytes, load_tokenizer, synthetic_dataset
+from lshv2.data import (
+    chance,
+    ensure,
+    language_dataset,
+    language_stream,
+    load_token_bytes,
+    load_tokenizer,
+    synthetic_dataset,
+)
 from lshv2.data.packing import read_stream
 from lshv2.data.tokenizer import decode
 from lshv2.errors import UserError
 from lshv2.metrics import write_training_metrics
 from lshv2.model import LSHModel
-from lshv2.runs import SCHEMA, Run, write_json
-from lshv2.trainer import Task, Trainer, pick_device
+from lshv2.runs import SCHEMA, Run, load_run, write_json
+from lshv2.stopping import Stopped
+from lshv2.trainer import Trainer, pick_device
 
 LANGUAGE_MODEL, RECALL = "language_model", "recall"
 
@@ -28,7 +46,8 @@ def language_task(run: Run) -> Task:
     """The language model's task, as the run's settings say."""
     train = run.settings.train
     return Task(
-        LANGUAGE_MODEL, language_dataset(run, "train"), language_dataset(run, "eval"), train.batch_size,
+        LANGUAGE_MODEL, language_stream(run) if run.settings.data.stream else language_dataset(run, "train"),
+        language_dataset(run, "eval"), train.batch_size,
         train.num_epochs, train.learning_rate, train.eval_every, torch.from_numpy(load_token_bytes(run)),
         profile=train.profile_components, gradient_checkpoint=train.gradient_checkpoint,
     )
@@ -53,18 +72,32 @@ def train_run(run: Run) -> dict[str, Any]:
         "device": _device_name(device), "parameters": language.model.count_parameters(),
         "threads": torch.get_num_threads(), "order2_bits_per_byte": data["order2_bits_per_byte"],
     }
+    _enable_trackers(language)
     language.fit()
     scalars["seconds"] = language.seconds
     if settings.train.profile_components:
         write_profile(run, language)
     write_training_metrics(run, "running", scalars, {})
     probe = Trainer(run, recall_task(run), LSHModel(settings.recall_model, settings.seed))
+    _enable_trackers(probe)
     probe.fit()
     recall = {
         "parameters": probe.model.count_parameters(), "seconds": probe.seconds,
         "chance": chance("recall", settings.recall.vocab_size),
     }
     return write_training_metrics(run, "done", scalars, recall)
+
+
+def _enable_trackers(trainer: Trainer) -> None:
+    """Those that the settings name."""
+    tracking = trainer.run.settings.tracking
+    for name in tracking.trackers:
+        if name == "wandb":
+            trainer.enable_wandb(tracking.project)
+        elif name == "mlflow":
+            trainer.enable_mlflow(tracking.mlflow_uri, tracking.project)
+        else:
+            trainer.enable_tensorboard()
 
 
 def sample_text(run: Run, *, n_prompt: int = 48, n_new: int = 48) -> tuple[str, str]:
@@ -105,3 +138,23 @@ def write_profile(run: Run, trainer: Trainer) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def main(arguments: list[str]) -> int:
+    """Train the run folder of a `config.json`; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lshv2.train", description="Train a run folder, or go on with it.")
+    parser.add_argument("--config", required=True, help="the config.json of a run folder")
+    path = Path(parser.parse_args(arguments).config)
+    try:
+        train_run(load_run(path.parent))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,11 +3,11 @@
     trainer = Trainer(run, task, model)
     trainer.fit()          # resumes from the newest sound checkpoint by itself
 
-The data position is the step alone: step n reads batch n of a sequence order drawn from (seed, epoch), so a killed
-run goes on with exactly the batches that it would have read. Lines of `metrics.jsonl` past the checkpoint are
-superseded by a `resume` line, never rewritten.
+A killed run goes on with exactly the batches that it would have read (`lshv2.batches`). Lines of `metrics.jsonl` past
+the checkpoint are superseded by a `resume` line, never rewritten. SIGTERM and SIGINT are obeyed at the end of the step,
+after a checkpoint, by raising `Stopped`.
 
-Not here: several processes, trackers, streaming.
+Not here: several processes.
 """
 
 from __future__ import annotations
@@ -15,40 +15,27 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from lshv2.checkpoint import find_checkpoint, load_model, load_optimizer, read_checkpoint, save_checkpoint
-from lshv2.data import epoch_order
+from lshv2 import checkpoint
+from lshv2.batches import Task, evaluation_batches, training_batches
+from lshv2.data import TokenStream
 from lshv2.evaluation import Batch, Evaluation, evaluate
 from lshv2.model import LSHModel
+from lshv2.optimizer import make_optimizer, scheduled
 from lshv2.profiling import Profiler, region
 from lshv2.progress import Progress
 from lshv2.runs import Run, append_jsonl, read_jsonl
+from lshv2.stopping import Stopped, StopRequest
+from lshv2.tracking import MlflowTracker, TensorBoardTracker, Tracking, WandbTracker
 
 PROFILED_STEPS = 10  # ordinary training steps whose parts are timed, spread over the first half of a run
 WARM_STEPS = 3  # not profiled: allocators and caches fill
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to learn, and how. Datasets yield (input_ids [T], labels [T]); the model shifts labels itself."""
-
-    name: str
-    train: Dataset[Batch]
-    evaluation: Dataset[Batch]
-    batch_size: int
-    epochs: int
-    learning_rate: float
-    eval_every: int
-    token_bytes: Tensor | None = None
-    profile: bool = False
-    gradient_checkpoint: bool = False
 
 
 def pick_device() -> torch.device:
@@ -76,24 +63,29 @@ class Trainer:
         self.device = pick_device()
         self.model = model.to(self.device)
         self.model.gradient_checkpoint = task.gradient_checkpoint
-        self.optimizer = self._optimizer()
-        self.steps_per_epoch = len(task.train) // task.batch_size  # type: ignore[arg-type]
-        self.total_steps = self.steps_per_epoch * task.epochs
-        if self.total_steps == 0:
-            raise ValueError(f"{task.name}: {len(task.train)} sequences do not fill one batch of {task.batch_size}")  # type: ignore[arg-type]
+        self.optimizer = make_optimizer(self.model, self.settings, task.learning_rate)
+        self.total_steps = task.steps_per_epoch * task.epochs
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.profiles: list[dict[str, float]] = []
         self.window = _Window()
+        self.norm: Tensor | float = 0.0  # of the newest gradient
+        self.evaluated = False  # whether the evaluation that is due at this step was made
+        self.stop = StopRequest()
         self.folder = run.checkpoints / task.name
+        self.tracking = Tracking(run, task.name)
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
-        plain = [p for p in self.model.parameters() if p.ndim < 2]  # norms, shifts, temperatures, biases
-        decay = self.settings.weight_decay
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-        betas = (self.settings.adam_beta1, self.settings.adam_beta2)
-        return torch.optim.AdamW(groups, lr=self.task.learning_rate, betas=betas, fused=self.device.type == "cuda")
+    def enable_wandb(self, project: str = "lsh_v2") -> None:
+        """Mirror the metrics in a W&B run, grouped by run folder; WANDB_MODE=offline keeps it there."""
+        self.tracking.add(WandbTracker(project))
+
+    def enable_mlflow(self, tracking_uri: str | None = None, experiment: str = "lsh_v2") -> None:
+        """Mirror the metrics in MLflow. None: MLFLOW_TRACKING_URI, else `tracking/mlflow.db` in the run folder."""
+        self.tracking.add(MlflowTracker(tracking_uri, experiment))
+
+    def enable_tensorboard(self) -> None:
+        """Mirror the metrics in event files, in `tracking/tensorboard/<task>` in the run folder."""
+        self.tracking.add(TensorBoardTracker())
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -106,51 +98,67 @@ class Trainer:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to `min_learning_rate_ratio` of the peak."""
-        peak, warm = self.task.learning_rate, max(1, round(self.settings.warmup_fraction * self.total_steps))
-        if step < warm:
-            return peak * (step + 1) / warm
-        low = self.settings.min_learning_rate_ratio
-        progress = (step - warm) / max(1, self.total_steps - warm)
-        return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+        """The learning rate of a step."""
+        return scheduled(step, self.total_steps, self.task.learning_rate, self.settings)
 
     def fit(self) -> Evaluation:
-        """Train to the last step, from the newest checkpoint if there is one; returns the last evaluation."""
-        resumed = self._resume()
-        last = None if resumed else self._evaluate()
+        """Train to the last step, from the newest checkpoint if there is one; returns the last evaluation.
+
+        Raises `Stopped` on SIGTERM or SIGINT, at the end of the step and after a checkpoint.
+        """
+        self._resume()
         label = self.task.name.replace("_", " ")
-        with Progress(self.run, "03_train", label, self.total_steps, "step", start=self.step) as bar:
-            window = self.window
+        with (
+            StopRequest() as self.stop,
+            Progress(self.run, "03_train", label, self.total_steps, "step", start=self.step) as bar,
+            self.tracking.session(),
+            contextlib.closing(self._batches()) as batches,  # ends the workers at once, whatever ends the loop
+        ):
+            last = None if self.evaluated else self._settle()
             self.model.train()
-            for input_ids, labels in self._batches():
-                loss, ponder, norm = self._train_step(input_ids, labels)
+            for input_ids, labels in batches:
+                loss, ponder, self.norm = self._train_step(input_ids, labels)
+                window = self.window
                 window.loss, window.ponder = window.loss + loss, window.ponder + ponder
                 window.steps, window.tokens = window.steps + 1, window.tokens + input_ids.numel()
-                done = self.step == self.total_steps
-                if self.step % self.settings.log_every == 0 or done:
-                    window = self._log(window, norm, bar)
+                if self._due(self.settings.log_every):
+                    self._log(bar)
                 bar.update(1)
-                paused = time.perf_counter()
-                if self.step % self.task.eval_every == 0 or done:
-                    last = self._evaluate()
-                if self.step % self.settings.checkpoint_every == 0 or done:
-                    self._save(window, paused, norm)
-                window.began += time.perf_counter() - paused  # neither is training time
-        return last or self._evaluate(write=False)
+                self.evaluated = not self._due(self.task.eval_every)
+                last = self._settle() or last
+        return last or self._held_out()
 
-    def _batches(self) -> Iterator[Batch]:
-        """From the current step to the end: the order of each epoch follows from (seed, epoch) alone."""
-        size, data = self.task.batch_size, self.task.train
-        while self.step < self.total_steps:
-            epoch, at = divmod(self.step, self.steps_per_epoch)
-            order = epoch_order(len(data), epoch, self.run.settings.seed)  # type: ignore[arg-type]
-            batches = [order[i * size : (i + 1) * size].tolist() for i in range(at, self.steps_per_epoch)]
-            workers = min(self.settings.num_workers, len(batches))
-            generator = torch.Generator().manual_seed(self.run.settings.seed)  # else it draws from the global one
-            yield from DataLoader(
-                data, batch_sampler=batches, num_workers=workers, generator=generator,
-                pin_memory=self.device.type == "cuda",
-            )
+    def _due(self, every: int | None) -> bool:
+        return self.step == self.total_steps or (every is not None and self.step % every == 0)
+
+    def _settle(self) -> Evaluation | None:
+        """What is due after a step: the evaluation, a checkpoint, and the end where a signal asks for it."""
+        paused = time.perf_counter()
+        result = None if self.evaluated else self._evaluate()
+        self.evaluated = self.evaluated or result is not None
+        stopping = self.stop.number
+        if stopping or (self.step and (self._is_best(result) or self._due(self.settings.checkpoint_every)
+                                       or self._due(self.settings.keep_every))):
+            self._save(paused, result.loss if result else None)
+        if stopping:
+            line = f"{self.task.name}: stopped at step {self.step} on {stopping.name}: run the same command again"
+            print(line, flush=True)
+            raise Stopped(line, stopping)
+        self.window.began += time.perf_counter() - paused  # neither is training time
+        return result
+
+    def _is_best(self, result: Evaluation | None) -> bool:
+        if result is None:
+            return False
+        before = checkpoint.lowest(checkpoint.listed_checkpoints(self.folder))
+        return before is None or result.loss < before["loss_eval"]
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """From the current step to the end."""
+        return training_batches(
+            self.task, self.step, seed=self.run.settings.seed, num_workers=self.settings.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def _train_step(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         profiled = self.task.profile and self._profiles_now()
@@ -183,18 +191,19 @@ class Trainer:
             len(self.profiles) < PROFILED_STEPS
         )
 
-    def _log(self, window: _Window, norm: Tensor, bar: Progress) -> _Window:
+    def _log(self, bar: Progress) -> None:
+        window, norm = self.window, float(self.norm)
         loss, ponder = float(window.loss) / window.steps, float(window.ponder) / window.steps  # synchronises
-        self._check_finite(loss, float(norm))
+        self._check_finite(loss, norm)
         elapsed = time.perf_counter() - window.began
         self.seconds += elapsed
         rate = window.tokens / elapsed
         self._write(
             "train", loss_train=loss, learning_rate=self.learning_rate(self.step - 1), tokens_per_sec=rate,
-            ponder_steps=ponder, grad_norm=float(norm), tokens=self.tokens,
+            ponder_steps=ponder, grad_norm=norm, tokens=self.tokens,
         )
         bar.update(0, loss=round(loss, 4), tokens_per_sec=round(rate))
-        return _Window()
+        self.window = _Window()
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -203,49 +212,64 @@ class Trainer:
                 f"learning rate ({self.task.learning_rate}); the newest checkpoint is from before"
             )
 
-    def _evaluate(self, write: bool = True) -> Evaluation:
-        data, size = self.task.evaluation, self.task.batch_size
-        count = len(data)  # type: ignore[arg-type]
-        batches = ([data[i] for i in range(at, min(at + size, count))] for at in range(0, count, size))
-        stacked = ((torch.stack([b[0] for b in rows]), torch.stack([b[1] for b in rows])) for rows in batches)
-        result = evaluate(self.model, stacked, self.autocast, self.task.token_bytes)
-        if write:
-            self._check_finite(result.loss, 0.0)
-            figures = {"loss_eval": result.loss, "accuracy": result.accuracy, "ponder_steps": result.ponder_steps}
-            if result.bits_per_byte is not None:
-                figures["bits_per_byte"] = result.bits_per_byte
-            self._write("eval", **figures)
+    def _evaluate(self) -> Evaluation | None:
+        """The held-out loss, written down; None, and nothing written, when a signal came before its end."""
+        result = self._held_out()
+        if self.stop.requested:
+            return None
+        self._check_finite(result.loss, 0.0)
+        figures: dict[str, Any] = {
+            "loss_eval": result.loss, "accuracy": result.accuracy, "ponder_steps": result.ponder_steps,
+        }
+        if self.model.config.use_ponder:
+            figures["halted_at"] = result.halted_at
+        if result.bits_per_byte is not None:
+            figures["bits_per_byte"] = result.bits_per_byte
+        self._write("eval", **figures)
         return result
 
-    def _write(self, event: str, **figures: float) -> None:
+    def _held_out(self) -> Evaluation:
+        """The held-out sequences' figures; of a part of them when a signal came."""
+        batches = evaluation_batches(self.task, lambda: self.stop.requested)
+        return evaluate(self.model, batches, self.autocast, self.task.token_bytes)
+
+    def _write(self, event: str, **figures: Any) -> None:
         record = {"task": self.task.name, "event": event, "step": self.step, "time": time.time(), **figures}
         append_jsonl(self.run.metrics, record)
+        self.tracking.log(record)
 
-    def _save(self, window: _Window, now: float, norm: Tensor) -> None:
-        self._check_finite(float(window.loss), float(norm))
+    def _save(self, now: float, loss_eval: float | None) -> None:
+        window = self.window
+        self._check_finite(float(window.loss), float(self.norm))
         state = {
             "task": self.task.name, "tokens": self.tokens, "seconds": self.seconds, "profiles": self.profiles,
+            "evaluated": self.evaluated,
+            "stream": self.task.train.state() if isinstance(self.task.train, TokenStream) else None,
             "window": [float(window.loss), float(window.ponder), window.steps, window.tokens, now - window.began],
         }
-        keep = self.settings.keep_checkpoints
-        save_checkpoint(self.folder, self.step, self.model, self.optimizer, state, keep)
+        checkpoint.save_checkpoint(
+            self.folder, self.step, self.model, self.optimizer, state, self.settings.keep_checkpoints,
+            every=self.settings.keep_every, loss_eval=loss_eval, suffix="" if self.evaluated else "_unevaluated",
+        )
 
-    def _resume(self) -> bool:
-        path, notes = find_checkpoint(self.folder)
+    def _resume(self) -> None:
+        path, notes = checkpoint.find_checkpoint(self.folder)
         for note in notes:
             print(note)
         if path is None:
             if any(record.get("task") == self.task.name for record in read_jsonl(self.run.metrics)[0]):
                 self._write("restart")  # stopped before its first checkpoint: those lines are computed again
-            return False
-        tensors, state = read_checkpoint(path)
-        load_model(self.model, tensors, path)
-        load_optimizer(self.optimizer, tensors)
+            return
+        checkpoint.forget_newer(self.folder, path)
+        tensors, state = checkpoint.read_checkpoint(path)
+        checkpoint.load_model(self.model, tensors, path)
+        checkpoint.load_optimizer(self.optimizer, tensors)
+        if isinstance(self.task.train, TokenStream):
+            self.task.train.restore(state.get("stream"))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.profiles = state["profiles"]
+        self.profiles, self.evaluated = state["profiles"], state.get("evaluated", True)
         loss, ponder, steps, tokens, elapsed = state["window"]
         self.window = _Window(loss, ponder, steps, tokens, time.perf_counter() - elapsed)
         print(f"{self.task.name}: resuming from {path.name}, step {self.step} of {self.total_steps}")
         if self.step < self.total_steps:
             self._write("resume")
-        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -167,6 +168,28 @@ def test_a_halted_token_answers_with_the_state_at_which_it_halted() -> None:
     state = {k: (v[:1] if k == "step_embedding" else v) for k, v in model.state_dict().items()}
     one.load_state_dict(state)
     assert (model(x).logits - one.eval()(x).logits).abs().max() < 1e-6
+
+
+def test_the_ponder_loss_weighs_each_prediction_by_the_halting_of_the_token_that_makes_it() -> None:
+    """Token by token in Python's floats: what is predicted at t answers to the halting probabilities of t alone."""
+    model, x = small(n_layers=6).double(), ids(2, 12)
+    with torch.no_grad():
+        model.halt.weight.normal_(0.0, 0.4, generator=torch.Generator().manual_seed(0))
+        labels = x.clone()
+        labels[:, ::3] = -100
+        got = model(x, labels=labels).loss.item()
+        state, steps = model.embedding(x), []
+        for n in range(3):
+            state = model.step_of_all(state, n, rotary_angles(12, model.config, x.device))
+            steps.append((model.halt(model.norm(state)).squeeze(-1).sigmoid(), model.head(model.norm(state))))
+    prior = [0.3 / (1 - 0.7**3) * 0.7**n for n in range(3)]
+    terms = []
+    for b, t in [(b, t) for b in range(2) for t in range(11) if labels[b, t + 1] != -100]:
+        halts = [steps[n][0][b, t].item() for n in range(2)]
+        p = [halts[0], (1 - halts[0]) * halts[1], (1 - halts[0]) * (1 - halts[1])]
+        nats = [-steps[n][1][b, t].log_softmax(-1)[labels[b, t + 1]].item() for n in range(3)]
+        terms.append(sum(p[n] * (nats[n] + 0.1 * math.log(p[n] / prior[n])) for n in range(3)))
+    assert abs(got - sum(terms) / len(terms)) < 1e-6, "cross entropy is summed in float32"
 
 
 def test_the_ponder_gradient_reaches_the_halting_head() -> None:

@@ -6,22 +6,74 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss, truncated_geometric
 
 
+def path_probabilities(logits: list[float]) -> list[float]:
+    """P(halting at step n), by walking every path of a token: halt here, or go on; at the last step it must halt."""
+    def walk(n: int, reached: float) -> dict[int, float]:
+        if n == len(logits) - 1:
+            return {n: reached}
+        halts = 1 / (1 + math.exp(-logits[n]))
+        return {n: reached * halts, **walk(n + 1, reached * (1 - halts))}
+
+    found = walk(0, 1.0)
+    return [found[n] for n in range(len(logits))]
+
+
+def loss_by_paths(ce: Tensor, logits: Tensor, scored: Tensor, prior: float, beta: float) -> float:
+    """What `ponder_loss` is to be, in Python's floats: a token at a time, a path at a time."""
+    go_on, geometric = 1.0, []
+    for _ in range(len(logits)):  # P(step n | at most N): a coin of λ_p, whose longer runs are thrown away
+        geometric.append(go_on * prior)
+        go_on *= 1 - prior
+    kept = sum(geometric)
+    terms = []
+    for b, t in scored.nonzero().tolist():
+        p = path_probabilities(logits[:, b, t].tolist())
+        expected = sum(p[n] * ce[n, b, t].item() for n in range(len(p)))
+        divergence = sum(p[n] * math.log(p[n] / (geometric[n] / kept)) for n in range(len(p)))
+        terms.append(expected + beta * divergence)
+    return sum(terms) / len(terms)
+
+
+def drawn(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Halting logits and cross entropies [n,2,4] in float64, and which tokens are scored."""
+    g = torch.Generator().manual_seed(n)
+    logits, ce = (torch.randn(n, 2, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    return 2 * logits, ce.abs(), torch.tensor([[False, True, True, False], [True, True, False, True]])
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_halting_distribution_is_the_product_with_the_remainder_last(n: int) -> None:
-    logits = torch.randn(n, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_halting_distribution_is_that_of_the_paths(n: int) -> None:
+    logits, _, _ = drawn(n)
     p = halting_log_probs(logits).exp()
     for b in range(2):
-        for t in range(3):
-            go_on = 1.0
-            for step in range(n):
-                lam = 1.0 if step == n - 1 else 1 / (1 + math.exp(-logits[step, b, t].item()))
-                assert abs(p[step, b, t].item() - lam * go_on) < 1e-12
-                go_on *= 1 - lam
+        for t in range(4):
+            assert p[:, b, t].tolist() == pytest.approx(path_probabilities(logits[:, b, t].tolist()), abs=1e-12)
     assert (p.sum(0) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize(("prior", "beta"), [(0.4, 0.0), (0.4, 0.2), (0.05, 3.0)])
+def test_loss_and_gradients_are_those_of_the_paths(n: int, prior: float, beta: float) -> None:
+    """The gradients against central differences of the brute force, which knows no autograd."""
+    logits, ce, scored = drawn(n)
+    leaves = logits.clone().requires_grad_(), ce.clone().requires_grad_()
+    loss = ponder_loss(leaves[1], halting_log_probs(leaves[0]), scored, prior=prior, beta=beta)
+    assert abs(loss.item() - loss_by_paths(ce, logits, scored, prior, beta)) < 1e-12
+    grads = torch.autograd.grad(loss, leaves)
+    step = 1e-5  # truncation about step², rounding about 1e-16 / step
+    for x, grad in ((logits, grads[0]), (ce, grads[1])):
+        for at in range(x.numel()):
+            ends = []
+            for sign in (1, -1):
+                x.view(-1)[at] += sign * step
+                ends.append(loss_by_paths(ce, logits, scored, prior, beta))
+                x.view(-1)[at] -= sign * step
+            assert abs(grad.flatten()[at].item() - (ends[0] - ends[1]) / (2 * step)) < 1e-9
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -31,31 +83,14 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_prior_is_truncated_and_renormalised() -> None:
     prior = truncated_geometric(4, 0.3)
-    assert abs(prior.sum().item() - 1) < 1e-6
-    assert torch.allclose(prior[1:] / prior[:-1], torch.full((3,), 0.7))
-
-
-def test_loss_against_brute_force() -> None:
-    g = torch.Generator().manual_seed(1)
-    logits, ce = torch.randn(3, 2, 4, generator=g), torch.rand(3, 2, 4, generator=g)
-    scored = torch.tensor([[False, True, True, False], [True, True, False, True]])
-    log_p = halting_log_probs(logits)
-    got = ponder_loss(ce, log_p, scored, prior=0.4, beta=0.2).item()
-    prior = [0.4, 0.24, 0.144]
-    prior = [x / sum(prior) for x in prior]
-    terms = []
-    for b, t in scored.nonzero().tolist():
-        p = log_p[:, b, t].exp().tolist()
-        expected = sum(p[n] * ce[n, b, t].item() for n in range(3))
-        divergence = sum(p[n] * math.log(p[n] / prior[n]) for n in range(3))  # KL(p ‖ prior), not the reverse
-        terms.append(expected + 0.2 * divergence)
-    assert abs(got - sum(terms) / len(terms)) < 1e-6
+    assert abs(prior.sum().item() - 1) < 1e-12
+    assert torch.allclose(prior[1:] / prior[:-1], torch.full((3,), 0.7, dtype=torch.float64))
 
 
 def test_divergence_is_zero_at_the_prior_and_nothing_scored_is_no_nan() -> None:
     prior = truncated_geometric(3, 0.25)
     log_p = prior.log()[:, None, None].expand(3, 1, 2)
-    zero = torch.zeros(3, 1, 2)
+    zero = torch.zeros(3, 1, 2, dtype=torch.float64)
     assert abs(ponder_loss(zero, log_p, torch.ones(1, 2, dtype=torch.bool), prior=0.25, beta=1.0).item()) < 1e-6
     assert ponder_loss(zero, log_p, torch.zeros(1, 2, dtype=torch.bool), prior=0.25, beta=1.0).item() == 0
 

@@ -21,11 +21,12 @@ from lshv2.ablation.lookup import measure_layers
 from lshv2.ablation.material import Material, Sequences, load
 from lshv2.ablation.variants import VARIANTS, Job
 from lshv2.attention import choose_backend
+from lshv2.batches import Task
 from lshv2.evaluation import Batch, evaluate
 from lshv2.losses import IGNORE
 from lshv2.machine import git_state
 from lshv2.runs import Run
-from lshv2.trainer import Task, Trainer, pick_device
+from lshv2.trainer import Trainer, pick_device
 
 CHECK_EVERY = 100  # steps between looks at the loss
 WARM_STEPS = 20  # not timed: allocators, autotuning

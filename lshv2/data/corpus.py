@@ -1,19 +1,20 @@
 """The text: files found, checked and indexed, then read document by document.
 
 A source is a .txt, .md, .py or .jsonl file, a folder of them (recursive, hidden entries and __pycache__ and
-site-packages left out), or None: the sources of the running Python's standard library. A .txt, .md or .py file is
-one document; each line of a .jsonl file is one: an object with a "text" field, or a plain JSON string.
+site-packages left out), a glob, or None: the sources of the running Python's standard library. A .txt, .md or .py
+file is one document; each line of a .jsonl file is one: an object with a "text" field, or a plain JSON string.
 
     corpus = scan(find_files(None))            # lshv2.data.scan: checks everything, notes where each document lies
     for piece in corpus.pieces(0): ...
 
 A `Corpus` is 56 bytes a document, never its text. Bytes are preserved: no newline translation, no normalisation.
 
-Left out: compressed files, remote sources, other encodings than UTF-8.
+Left out: compressed files (but see `shards`), remote sources that are not mounted, other encodings than UTF-8.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import sysconfig
@@ -27,6 +28,7 @@ import numpy as np
 from lshv2.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+STREAMED = (*SUFFIXES, ".jsonl.gz")  # what a stream reads: its lines come in order, so they may be compressed
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 PIECE = 1 << 16  # bytes of text handed on at a time
 
@@ -43,7 +45,7 @@ class Sources:
         return (self.root / name for name in self.names)
 
 
-def find_files(source: str | None) -> Sources:
+def find_files(source: str | None, suffixes: tuple[str, ...] = SUFFIXES) -> Sources:
     """Files of `data.source`; None: the standard library's. Raises UserError where there is nothing to read."""
     if source is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -53,14 +55,16 @@ def find_files(source: str | None) -> Sources:
         return Sources(root, names, strict=False)
     path = Path(source).expanduser().resolve()
     if path.is_dir():
-        names = _walk(path, SUFFIXES)
+        names = _walk(path, suffixes)
         if not names:
-            raise UserError(f"data source {path} holds no {', '.join(SUFFIXES)} file: put one there or name another")
+            raise UserError(f"data source {path} holds no {', '.join(suffixes)} file: put one there or name another")
         return Sources(path, names, strict=True)
+    if not path.exists() and glob.has_magic(str(path)):
+        return Sources(*_match(path, suffixes), strict=True)
     if not path.exists():
-        raise UserError(f"data source {path} does not exist: name a {', '.join(SUFFIXES)} file or a folder of them")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"data source {path} has the extension {path.suffix!r}; readable: {', '.join(SUFFIXES)}")
+        raise UserError(f"data source {path} does not exist: name a {', '.join(suffixes)} file or a folder of them")
+    if not path.name.lower().endswith(suffixes):
+        raise UserError(f"data source {path} has the extension {path.suffix!r}; readable: {', '.join(suffixes)}")
     return Sources(path.parent, (path.name,), strict=True)
 
 
@@ -70,9 +74,19 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> tuple[str, ...]:
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(".")]
         for name in files:
             path = Path(folder, name)
-            if path.suffix.lower() in suffixes and not name.startswith(".") and path.is_file():
+            if name.lower().endswith(suffixes) and not name.startswith(".") and path.is_file():
                 found.append(path.relative_to(root).as_posix())
     return tuple(sorted(found))
+
+
+def _match(pattern: Path, suffixes: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
+    """(the folder that the pattern starts from, the files of these suffixes that it matches)"""
+    root = next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
+    found = (Path(name) for name in glob.glob(str(pattern), recursive=True) if name.lower().endswith(suffixes))
+    names = tuple(sorted(path.relative_to(root).as_posix() for path in found if path.is_file()))
+    if not names:
+        raise UserError(f"data source {pattern} matches no {', '.join(suffixes)} file: mend the pattern")
+    return root, names
 
 
 @dataclass(frozen=True)
@@ -118,11 +132,7 @@ class Corpus:
     def pieces(self, row: int) -> Iterator[str]:
         """A document's text in order, in pieces of at most 64 KiB that end at a line's end where there is one."""
         with open(self._path(row), "rb") as file:
-            read, done, length = self._reader(file, row), 0, int(self.length[row])
-            while done < length:
-                block = read(done, min(done + PIECE, length))
-                if done + len(block) < length:
-                    block = block[: line_end(block)]
+            for _, block in blocks(self._reader(file, row), int(self.length[row])):
                 try:
                     if not block:
                         raise ValueError
@@ -130,7 +140,6 @@ class Corpus:
                 except ValueError:
                     raise UserError(f"{self._path(row)} changed while it was read: run this phase again") from None
                 yield piece
-                done += len(block)
 
     def _path(self, row: int) -> Path:
         return self.sources.root / self.sources.names[self.file[row]]
@@ -142,6 +151,22 @@ class Corpus:
         line = os.pread(file.fileno(), int(self.size[row]), start)
         text = json_text(line, f"{self._path(row)}: line {self.line[row]}")
         return lambda low, high: text[skip + low : skip + high]
+
+
+def blocks(read: Callable[[int, int], bytes], length: int, done: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Where each piece of a text starts, and its bytes: what a document is cut into before it is encoded.
+
+    read(low, high): bytes of the text, of which there are `length`; done: where a piece starts, to go on from.
+    An empty piece, the last one: the text is shorter than that.
+    """
+    while done < length:
+        block = read(done, min(done + PIECE, length))
+        if done + len(block) < length:
+            block = block[: line_end(block)]
+        yield done, block
+        if not block:
+            return
+        done += len(block)
 
 
 def line_end(block: bytes) -> int:

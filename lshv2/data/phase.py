@@ -11,6 +11,7 @@ or a kill leaves the former `data/` as it was.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +21,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lshv2.data import synthetic
-from lshv2.data.corpus import Corpus, Sources, find_files
+from lshv2.data.corpus import STREAMED, SUFFIXES, Corpus, Sources, find_files
 from lshv2.data.folder import replacing
 from lshv2.data.jsonl import JsonlDataset
 from lshv2.data.order2 import order2_bits_per_byte
 from lshv2.data.packing import PackedDataset, token_dtype, window_starts, write_stream
 from lshv2.data.scan import scan
 from lshv2.data.split import Split, split_corpus
+from lshv2.data.streamed import SPOOL, sample_shards
 from lshv2.data.tokenizer import (
+    SAMPLE_PER_ENTRY,
     bytes_per_token,
     check_vocab_size,
     decode,
@@ -41,7 +44,6 @@ from lshv2.runs import PHASES, Run, read_json, write_json
 
 PHASE = PHASES[1]
 SCHEMA = 1
-SAMPLE_PER_ENTRY = 4_000  # bytes of train text that the tokenizer learns from, for each entry of the vocabulary
 CHECK_BYTES = 4_000_000  # eval text that is decoded again and compared
 
 
@@ -49,15 +51,10 @@ def prepare(run: Run) -> dict[str, Any]:
     """Make `data/` anew and return the content of its data.json. Raises UserError on bad settings or input."""
     settings, began = run.settings, time.monotonic()
     check_vocab_size(settings.model.vocab_size)
-    sources = find_files(settings.data.source)
+    sources = _find(run)
     with replacing(run.data) as folder:
         fingerprint = _fingerprint(run, sources)
-        size = sum(path.stat().st_size for path in sources.paths())
-        with Progress(run, PHASE, "reading", total=size, unit="B") as bar:
-            corpus = scan(sources, bar.update)
-        split = split_corpus(
-            corpus, eval_fraction=settings.data.eval_fraction, max_bytes=settings.data.max_bytes, seed=settings.seed
-        )
+        split, counted = sample_shards(run, folder, PHASE) if settings.data.stream else _read_all(run, sources)
         tokenizer, sample = _make_tokenizer(run, split.train, folder)
         statistics = {
             "schema": SCHEMA,
@@ -65,14 +62,9 @@ def prepare(run: Run) -> dict[str, Any]:
             "seed": settings.seed,
             "source": {
                 "path": settings.data.source or str(sources.root),
-                "kind": "standard library" if settings.data.source is None else "given",
+                "kind": "stream" if settings.data.stream else "given" if settings.data.source else "standard library",
                 "files": len(sources.names),
-                "documents": len(corpus),
-                "bytes": int(corpus.length.sum()),
-                "skipped_files": corpus.skipped,
-                "duplicates_dropped": split.duplicates,
-                "documents_beyond_max_bytes": split.beyond_cap,
-                "cut": split.cut,
+                **counted,
             },
             "tokenizer": {"vocab_size": tokenizer.get_vocab_size(), "asked": settings.model.vocab_size, **sample},
             "splits": _write_streams(run, split, tokenizer, folder),
@@ -81,6 +73,7 @@ def prepare(run: Run) -> dict[str, Any]:
         }
         np.save(folder / "token_bytes.npy", bytes_per_token(tokenizer))
         _check_round_trip(split.eval, tokenizer)
+        shutil.rmtree(folder / SPOOL, ignore_errors=True)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         statistics["files"] = [
             {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size} for path in files
@@ -99,7 +92,7 @@ def prepared(run: Run) -> bool:
     if not all(path.is_file() and path.stat().st_size == size for path, size in files):
         return False
     try:
-        sources = find_files(run.settings.data.source)
+        sources = _find(run)
     except UserError:
         sources = None  # moved away since: what was made from it is still good
     return content["fingerprint"] == _fingerprint(run, sources, content["fingerprint"]["sources"])
@@ -137,6 +130,25 @@ def synthetic_dataset(
     """The sequences of one task, checked against its vocabulary."""
     path = run.data / "synthetic" / f"{task}_{split}.jsonl"
     return JsonlDataset(path, vocab_size=run.settings.recall.vocab_size)
+
+
+def _find(run: Run) -> Sources:
+    return find_files(run.settings.data.source, STREAMED if run.settings.data.stream else SUFFIXES)
+
+
+def _read_all(run: Run, sources: Sources) -> tuple[Split, dict[str, Any]]:
+    """(both sides of the whole text, what is known of it)"""
+    settings = run.settings
+    size = sum(path.stat().st_size for path in sources.paths())
+    with Progress(run, PHASE, "reading", total=size, unit="B") as bar:
+        corpus = scan(sources, bar.update)
+    split = split_corpus(
+        corpus, eval_fraction=settings.data.eval_fraction, max_bytes=settings.data.max_bytes, seed=settings.seed
+    )
+    return split, {
+        "documents": len(corpus), "bytes": int(corpus.length.sum()), "skipped_files": corpus.skipped,
+        "duplicates_dropped": split.duplicates, "documents_beyond_max_bytes": split.beyond_cap, "cut": split.cut,
+    }
 
 
 def _fingerprint(run: Run, sources: Sources | None, unknown: str = "") -> dict[str, Any]:
@@ -184,10 +196,10 @@ def _make_tokenizer(run: Run, train: Corpus, folder: Path) -> tuple[Tokenizer, d
 def _write_streams(run: Run, split: Split, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     settings = run.settings.train
     sizes: dict[str, Any] = {}
-    total = int(split.train.length.sum() + split.eval.length.sum())
+    total = int(split.eval.length.sum()) + (0 if run.settings.data.stream else int(split.train.length.sum()))
     with Progress(run, PHASE, "tokenizing", total=total, unit="B") as bar:
-        pairs: tuple[tuple[Literal["train", "eval"], Corpus], ...] = (("eval", split.eval), ("train", split.train))
-        for name, corpus in pairs:
+        pairs: list[tuple[Literal["train", "eval"], Corpus]] = [("eval", split.eval), ("train", split.train)]
+        for name, corpus in pairs[:1] if run.settings.data.stream else pairs:
             path, n_bytes = folder / f"{name}.bin", int(corpus.length.sum())
             tokens = write_stream(path, corpus, tokenizer, bar.update)
             asked = getattr(settings, f"num_{name}_sequences")

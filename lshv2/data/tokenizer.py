@@ -25,14 +25,15 @@ from lshv2.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 MIN_VOCAB = 257
+SAMPLE_PER_ENTRY = 4_000  # bytes of train text to learn from, for each entry of the vocabulary
 THREADS_ENV = "TOKENIZERS_PARALLELISM"
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
+def _threads(wanted: str = "true") -> Iterator[None]:
     """All cores inside, none after: a fork (a DataLoader's worker) that encodes with threads on would hang forever."""
     before = os.environ.get(THREADS_ENV)
-    os.environ[THREADS_ENV] = "true"
+    os.environ[THREADS_ENV] = wanted
     try:
         yield
     finally:
@@ -79,6 +80,12 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
     with _threads():
         encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return (text.ids for text in encoded)  # a list of integers takes ten times the text: one at a time
+
+
+def encode_here(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of one text, computed on this core alone: for a DataLoader's worker."""
+    with _threads("false"):
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

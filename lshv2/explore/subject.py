@@ -16,7 +16,7 @@ from lshv2.checkpoint import find_checkpoint, load_model, read_checkpoint
 from lshv2.data.packing import read_stream
 from lshv2.data.tokenizer import decode, read_tokenizer
 from lshv2.errors import UserError
-from lshv2.layers import Attention, rotate
+from lshv2.layers import Attention, rotary_angles, rotate
 from lshv2.model import LSHModel
 from lshv2.presets import make_settings
 from lshv2.runs import Run, list_runs, load_run, runs_root
@@ -128,7 +128,7 @@ class Layer:
 
 @torch.no_grad()
 def capture(model: LSHModel, ids: Tensor) -> list[Layer]:
-    """q and k of every layer that a forward of ids [1,T] applies; fewer than n_layers when all tokens halt early."""
+    """q and k of every layer application for ids [1,T]. No token halts, as in training: every layer has every query."""
     layers: list[Layer] = []
 
     def note(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -138,8 +138,10 @@ def capture(model: LSHModel, ids: Tensor) -> list[Layer]:
         layers.append(Layer(attention, q[0], k[0], sharp[0], rotate(k, cos, sin)[0]))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, Attention)]
+    angles, x = rotary_angles(ids.shape[1], model.config, ids.device), model.embedding(ids)
     try:
-        model(ids)
+        for n in range(model.config.n_ponder_steps):
+            x = model.step_of_all(x, n, angles)
     finally:
         for hook in hooks:
             hook.remove()

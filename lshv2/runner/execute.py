@@ -26,7 +26,7 @@ TAG = "lshv2-guard"  # the cells the runner adds; they are not kept in the saved
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 FOREIGN = re.compile(r"site-packages|/lib/python3")  # frames that explain nothing to a person
 TICK = 0.1  # seconds between looks at the worker
-GRACE = 3.0  # seconds a kernel gets to end by itself after an interrupt
+GRACE = 60.0  # seconds a kernel gets to end by itself after an interrupt: training writes a checkpoint first
 
 
 @dataclass(frozen=True)

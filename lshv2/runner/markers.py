@@ -8,6 +8,7 @@ the results it was started for.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -138,7 +139,10 @@ def _describe_source(source: str | None) -> str:
     if source is None:
         return "Python's standard library"
     root = Path(source)
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    if root.is_dir():
+        files = sorted(p for p in root.rglob("*") if p.is_file())
+    else:
+        files = [root] if root.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
     stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
     return _digest([source, stats])
 

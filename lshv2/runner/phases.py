@@ -61,7 +61,8 @@ PHASE_TABLE = (
         (
             Artifact("data/data.json", carries=False),
             Artifact("data/tokenizer.json"),
-            Artifact("data/train.bin"),
+            Artifact("data/train.bin", lambda run: not run.settings.data.stream),
+            Artifact("data/shards.json", lambda run: run.settings.data.stream),
             Artifact("data/eval.bin"),
             Artifact("data/*.npy"),
             *(Artifact(f"data/synthetic/{task}_*.jsonl") for task in ("recall", "copy", "needle")),

@@ -1,0 +1,77 @@
+"""What a task is trained on and judged by, batch by batch.
+
+Step n reads batch n of an order that follows from (seed, epoch) alone, or of a stream that knows where it stands, so
+that a killed run goes on with exactly the batches that it would have read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lshv2.data import TokenStream, epoch_order
+from lshv2.evaluation import Batch
+from lshv2.stopping import ignore_signals
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn, and how. Datasets yield (input_ids [T], labels [T]); the model shifts labels itself."""
+
+    name: str
+    train: Dataset[Batch] | TokenStream
+    evaluation: Dataset[Batch]
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    eval_every: int
+    token_bytes: Tensor | None = None
+    profile: bool = False
+    gradient_checkpoint: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that an epoch fills; raises ValueError where it fills none."""
+        count = len(self.train)  # type: ignore[arg-type]
+        if count < self.batch_size:
+            raise ValueError(f"{self.name}: {count} sequences do not fill one batch of {self.batch_size}")
+        return count // self.batch_size
+
+
+def training_batches(
+    task: Task, step: int, *, seed: int, num_workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    """The batches from `step` to the task's last one. Closing it ends the workers."""
+    left = task.steps_per_epoch * task.epochs - step
+    if isinstance(task.train, TokenStream):
+        batches = task.train.batches(task.batch_size, pin_memory=pin_memory, worker_init_fn=ignore_signals)
+        with contextlib.closing(batches):
+            yield from itertools.islice(batches, left)
+        return
+    while left:
+        epoch, at = divmod(task.steps_per_epoch * task.epochs - left, task.steps_per_epoch)
+        order = epoch_order(len(task.train), epoch, seed)  # type: ignore[arg-type]
+        size = task.batch_size
+        rows = [order[i * size : (i + 1) * size].tolist() for i in range(at, task.steps_per_epoch)]
+        left -= len(rows)
+        yield from DataLoader(
+            task.train, batch_sampler=rows, num_workers=min(num_workers, len(rows)), pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+            worker_init_fn=ignore_signals,
+        )
+
+
+def evaluation_batches(task: Task, stopped: Callable[[], bool]) -> Iterator[Batch]:
+    """The held-out sequences in order; ends early when `stopped`."""
+    count = len(task.evaluation)  # type: ignore[arg-type]
+    for at in range(0, count, task.batch_size):
+        if stopped():
+            return
+        rows = [task.evaluation[i] for i in range(at, min(at + task.batch_size, count))]
+        yield torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])

@@ -1,0 +1,220 @@
+"""PonderNet's parity task (Banino, Balaguer & Blundell 2021): does the halting loss buy steps where they are needed?
+
+    python -m lshv2.parity --out parity.json --task extrapolation --steps 100000 --seed 0
+
+A vector of `size` elements, k of them +1 or −1 by chance, the others 0; is the number of +1 odd? More non-zero elements
+are harder. Interpolation trains and tests on k = 1 .. size; extrapolation trains on 1 .. size/2 and tests above.
+One GRU cell reads the whole vector in every step; after step n its state gives an answer and the halting logit, and
+`lshv2.ponder` weighs them: the same functions that train the language model. `--max-steps 1` is the control without
+pondering. Not as in the paper: the learning rate falls to zero over the second half, and `--reach` wires each unit to
+few elements. What was learned so far stands in CONTRIBUTING.
+
+The report holds, for each k, the accuracy and steps of sampled halting as exact expectations under p (no draw: Σ p_n
+over the right answers), and those of the deterministic rule at `THRESHOLD`.
+Left out on purpose: resuming; a run takes minutes. The host never waits for the device but to write a line.
+Legend: N steps, B batch, S size, h hidden width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from lshv2.machine import environment
+from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
+from lshv2.runs import write_json
+
+THRESHOLD = 0.5  # of the cumulative halting probability, as ModelConfig's
+CLIP = 1.0  # gradient norm
+CURVE_POINTS = 50
+TEST_VECTORS = 1000  # for each number of non-zero elements
+SCHEMA = 1
+
+
+class Answers(NamedTuple):
+    """Of every step: logits of "odd" and log p of halting there, each [N,1,B] (a batch of one row of B tokens)."""
+
+    odd: Tensor
+    log_p: Tensor
+
+
+class PonderGRU(nn.Module):
+    """h_n = GRU(x, h_{n−1}) from h_0 = 0, `max_steps` times with the same input; weights drawn from a seed.
+
+    reach: each unit is wired to so many neighbouring elements only; 0: to all.
+    """
+
+    wired: Tensor
+
+    def __init__(self, size: int, hidden: int, max_steps: int, reach: int, prior: float, seed: int) -> None:
+        super().__init__()
+        self.max_steps = max_steps
+        first = torch.arange(hidden)[:, None] * size // hidden
+        wired = ((torch.arange(size) - first) % size < (reach or size)).repeat(3, 1)
+        self.register_buffer("wired", wired)  # [3h,S]: of the reset, update and new gates
+        with torch.random.fork_rng(devices=[]):  # torch's own layers draw from the global generator
+            torch.manual_seed(seed)
+            self.cell = nn.GRU(size, hidden)
+            self.heads = nn.Linear(hidden, 2)
+            if reach:
+                nn.init.uniform_(self.cell.get_parameter("weight_ih_l0"), -(reach**-0.5), reach**-0.5)
+        self.cut()
+        with torch.no_grad():
+            self.heads.bias[1] = math.log(prior / (1 - prior))  # start at the prior
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Zero what is not wired; after each optimizer step."""
+        self.cell.get_parameter("weight_ih_l0").mul_(self.wired)
+
+    def forward(self, x: Tensor) -> Answers:
+        """x [B,S] of −1, 0 and 1."""
+        states, _ = self.cell(x.expand(self.max_steps, *x.shape).contiguous())
+        odd, halt = self.heads(states).unbind(-1)
+        return Answers(odd[:, None], halting_log_probs(halt[:, None]))
+
+
+def draw(count: int, low: int, high: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x [count,S] with low to high non-zero elements, and whether its number of +1 is odd, float [count]."""
+    device = generator.device
+    k = torch.randint(low, high + 1, (count, 1), generator=generator, device=device)
+    order = torch.rand(count, size, generator=generator, device=device).argsort(-1)
+    sign = 2 * torch.randint(0, 2, (count, size), generator=generator, device=device) - 1
+    x = torch.where(order < k, sign, 0)
+    return x.float(), ((x == 1).sum(-1) % 2).float()
+
+
+def loss_of(model: PonderGRU, x: Tensor, odd: Tensor, prior: float, beta: float) -> Tensor:
+    """`ponder_loss` of binary cross entropies."""
+    answers = model(x)
+    nats = binary_cross_entropy_with_logits(answers.odd, odd.expand(answers.odd.shape), reduction="none")
+    scored = torch.ones(1, len(x), dtype=torch.bool, device=x.device)
+    return ponder_loss(nats, answers.log_p, scored, prior=prior, beta=beta)
+
+
+@torch.no_grad()
+def measure(
+    model: PonderGRU, low: int, high: int, size: int, count: int, generator: torch.Generator
+) -> list[dict[str, Any]]:
+    """For each number of non-zero elements: `nonzero accuracy steps` of sampled halting, and `threshold_...`."""
+    rows = []
+    for k in range(low, high + 1):
+        x, odd = draw(count, k, k, size, generator)
+        answers = model(x)
+        right = ((answers.odd > 0) == (odd > 0)).float()  # [N,1,B]
+        p = answers.log_p.exp()
+        first = (p.cumsum(0) >= THRESHOLD).float().argmax(0, keepdim=True)
+        figures = {
+            "accuracy": (p * right).sum(0), "steps": expected_steps(answers.log_p),
+            "threshold_accuracy": right.gather(0, first), "threshold_steps": first.float() + 1,
+        }
+        rows.append({"nonzero": k, **{name: value.mean().item() for name, value in figures.items()}})
+    return rows
+
+
+def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Every k counting alike."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "nonzero"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Which task, and how it is learned; learning_rate is Adam's in the first half of the steps.
+
+    reach: see `PonderGRU`; prior and beta: see `ponder_loss`.
+    """
+
+    task: str = "interpolation"
+    steps: int = 100_000
+    seed: int = 0
+    size: int = 96
+    hidden: int = 128
+    max_steps: int = 20
+    reach: int = 0
+    prior: float = 0.2
+    beta: float = 0.01
+    batch_size: int = 128
+    learning_rate: float = 3e-4
+
+    @property
+    def trained(self) -> tuple[int, int]:
+        """Fewest and most non-zero elements in training."""
+        return 1, self.size // 2 if self.task == "extrapolation" else self.size
+
+    @property
+    def tested(self) -> tuple[int, int]:
+        """The same in the test."""
+        return (self.size // 2 + 1, self.size) if self.task == "extrapolation" else (1, self.size)
+
+
+def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train and test: `device seconds`, means `trained` and `tested` over k, `by_nonzero` rows, `curve`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = PonderGRU(what.size, what.hidden, what.max_steps, what.reach, what.prior, what.seed).to(device)
+    data = torch.Generator(device).manual_seed(what.seed)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    every, since = max(1, what.steps // CURVE_POINTS), 0
+    curve: list[dict[str, Any]] = []
+    total, began = torch.zeros((), device=device), time.perf_counter()
+    for step in range(1, what.steps + 1):
+        x, odd = draw(what.batch_size, *what.trained, what.size, data)
+        loss = loss_of(model, x, odd, what.prior, what.beta)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in optimizer.param_groups:  # constant, then from the middle on linearly to zero
+            group["lr"] = what.learning_rate * min(1.0, 2 * (1 - (step - 1) / what.steps))
+        optimizer.step()
+        model.cut()
+        total += loss.detach()
+        since += 1
+        if step % every == 0 or step == what.steps:
+            seen, test = (mean_of(measure(model, *span, what.size, 64, data)) for span in (what.trained, what.tested))
+            curve.append({"step": step, "loss": total.item() / since, "trained": seen, "tested": test})
+            report(
+                f"step {step}, {time.perf_counter() - began:.0f} s: loss {curve[-1]['loss']:.4f}, accuracy as trained "
+                f"{seen['accuracy']:.3f} in {seen['steps']:.1f} steps, tested {test['accuracy']:.3f} in "
+                f"{test['steps']:.1f}"
+            )
+            total.zero_()
+            since = 0
+    seconds = time.perf_counter() - began
+    rows = measure(model, 1, what.size, what.size, TEST_VECTORS, torch.Generator(device).manual_seed(what.seed + 2**30))
+    trained, tested = (mean_of(rows[low - 1 : high]) for low, high in (what.trained, what.tested))
+    return {
+        "device": str(device), "seconds": seconds, "trained": trained, "tested": tested, "by_nonzero": rows,
+        "curve": curve,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lshv2.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
+    for field in fields(Experiment):
+        choices = ("interpolation", "extrapolation") if field.name == "task" else None
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, choices=choices,
+            help=f"default: {field.default}",
+        )
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    what = Experiment(**arguments)
+    result = train(what, partial(print, flush=True))
+    write_json(out, {"schema": SCHEMA, "environment": environment(), "settings": asdict(what), **result})
+    print(f"{what.task}: {result['tested']}")
+
+
+if __name__ == "__main__":
+    main()

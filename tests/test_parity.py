@@ -1,0 +1,95 @@
+"""The parity task: what is drawn and measured is right, and pondering solves at reduced size what one step does not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lshv2 import parity
+from lshv2.parity import Answers, Experiment, PonderGRU, draw, loss_of, measure, train
+from lshv2.ponder import halting_log_probs
+
+
+def test_vectors_have_as_many_elements_as_asked_and_the_parity_of_their_ones() -> None:
+    x, odd = draw(2000, 3, 5, 8, torch.Generator().manual_seed(0))
+    nonzero = (x != 0).sum(-1)
+    assert set(nonzero.tolist()) == {3, 4, 5} and set(x.unique().tolist()) == {-1, 0, 1}
+    assert odd.tolist() == [sum(1 for value in row if value == 1) % 2 for row in x.tolist()]
+    assert (x != 0).float().mean(0).sub(0.5).abs().max() < 0.06, "places are not drawn evenly"
+
+
+def test_what_is_trained_and_what_is_tested_do_not_meet() -> None:
+    assert (Experiment().trained, Experiment().tested) == ((1, 96), (1, 96))
+    other = Experiment(task="extrapolation")
+    assert (other.trained, other.tested) == ((1, 48), (49, 96))
+
+
+class _Given(PonderGRU):
+    """Halts with p = .2, .4, .4; only the second answer is right."""
+
+    def forward(self, x: torch.Tensor) -> Answers:
+        odd = ((x == 1).sum(-1) % 2).float() * 2 - 1
+        halts = torch.tensor([0.2, 0.5, 0.5]).logit()[:, None, None].expand(3, 1, len(x))
+        return Answers(torch.stack([-odd, odd, -odd])[:, None], halting_log_probs(halts))
+
+
+def test_accuracy_and_steps_are_the_expectations_under_p() -> None:
+    rows = measure(_Given(4, 2, 3, 0, 0.2, 0), 2, 3, 4, 50, torch.Generator().manual_seed(0))
+    assert [row["nonzero"] for row in rows] == [2, 3]
+    for row in rows:
+        assert row["accuracy"] == pytest.approx(0.4, abs=1e-6) and row["steps"] == pytest.approx(2.2, abs=1e-6)
+        assert (row["threshold_accuracy"], row["threshold_steps"]) == (1.0, 2.0)
+
+
+def test_the_loss_is_the_expected_one_of_the_paper() -> None:
+    model = PonderGRU(4, 3, 3, 0, 0.2, 0)
+    x, odd = draw(5, 1, 4, 4, torch.Generator().manual_seed(0))
+    answers, state, terms = model(x), torch.zeros(5, 3), []
+    for n in range(3):
+        _, state = model.cell(x[None], state[None])  # one step by hand
+        state = state[0]
+        right = torch.where(odd > 0, model.heads(state)[:, 0], -model.heads(state)[:, 0]).sigmoid()
+        terms.append(answers.log_p[n, 0].exp() * -right.log())
+    assert torch.allclose(loss_of(model, x, odd, 0.2, 0.0), sum(terms).mean(), atol=1e-6)
+
+
+def test_units_stay_wired_to_their_neighbourhood() -> None:
+    model = PonderGRU(12, 6, 2, 3, 0.2, 0)
+    seen = []
+    for element in range(12):
+        x = torch.zeros(2, 12)
+        x[1, element] = 1
+        first = model.cell(x[None])[0][0]
+        seen.append([unit for unit in range(6) if (first[0, unit] - first[1, unit]).abs() > 1e-6])
+    assert seen == [[0, 5], [0], [0, 1], [1], [1, 2], [2], [2, 3], [3], [3, 4], [4], [4, 5], [5]]
+
+
+def test_pondering_solves_what_one_step_does_not() -> None:
+    """Six elements at the same width, data and number of gradient steps (10 s). A sign error in the loss fails it."""
+    few = Experiment(size=6, hidden=64, learning_rate=1e-2, prior=0.3, steps=1000)
+    pondered = train(Experiment(**{**vars(few), "max_steps": 5}), lambda _: None)
+    control = train(Experiment(**{**vars(few), "max_steps": 1}), lambda _: None)
+    assert pondered["tested"]["accuracy"] > 0.95, pondered["tested"]
+    assert control["tested"]["accuracy"] < 0.85 and control["tested"]["steps"] == 1, control["tested"]
+    assert pondered["curve"][0]["tested"]["accuracy"] < 0.75, "there was nothing to learn"
+
+
+def test_the_command_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, state = tmp_path / "parity.json", torch.get_rng_state()
+    options = ["--task", "extrapolation", "--steps", "60", "--size", "8", "--hidden", "8", "--max-steps", "3"]
+    reports = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["parity", "--out", str(out), *options])
+        parity.main()
+        reports.append(json.loads(out.read_text()))
+    first, second = reports
+    assert [row["nonzero"] for row in first["by_nonzero"]] == list(range(1, 9))
+    assert first["settings"]["beta"] == 0.01 and first["environment"]["torch"] and len(first["curve"]) == 60
+    assert first["by_nonzero"] == second["by_nonzero"], "the seed does not decide the result"
+    tested = [row["accuracy"] for row in first["by_nonzero"] if row["nonzero"] > 4]
+    assert first["tested"]["accuracy"] == pytest.approx(sum(tested) / 4)
+    assert torch.equal(state, torch.get_rng_state())
