@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class Task:
     eval_every: int
     token_bytes: Tensor | None = None
     profile: bool = False
-    gradient_checkpoint: bool = False
+    gradient_checkpoint: bool | Literal["feed_forward"] = False
+    compile: bool = False
 
     @property
     def steps_per_epoch(self) -> int:

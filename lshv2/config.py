@@ -136,7 +136,10 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat = 1e-4
     num_train_sequences: PositiveInt = 1_000
     num_eval_sequences: PositiveInt = 100
-    gradient_checkpoint: bool = True
+    gradient_checkpoint: bool | Literal["feed_forward"] = Field(
+        True, description="compute again in the backward instead of keeping: whole blocks, or their feed-forward alone"
+    )
+    compile: bool = Field(True, description="torch.compile the blocks' training; on a GPU only")
     profile_components: bool = True
     num_workers: NonNegativeInt = 2
     min_learning_rate_ratio: Fraction = Field(0.1, description="end of the cosine, over learning_rate")

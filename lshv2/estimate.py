@@ -29,7 +29,7 @@ def training_flops(settings: Settings) -> float:
     visible = min(train.seq_length, model.window + model.n_global + model.n_rounds * model.bucket_size)
     attention = 4 * visible * model.d_model * model.n_layers  # q.k and p.v, a multiply and an add each
     forward = 2 * (blocks + heads) + attention
-    return tokens * forward * (4 if train.gradient_checkpoint else 3)
+    return tokens * forward * (4 if train.gradient_checkpoint is True else 3)
 
 
 def training_bytes(settings: Settings) -> float:
@@ -38,7 +38,7 @@ def training_bytes(settings: Settings) -> float:
     tokens = train.seq_length * train.batch_size
     one_layer = tokens * 4 * (6 * model.d_model + 3 * model.d_ff)
     inputs = tokens * 4 * model.d_model * model.n_layers
-    kept = inputs + 2 * one_layer if train.gradient_checkpoint else one_layer * model.n_layers
+    kept = inputs + 2 * one_layer if train.gradient_checkpoint is True else one_layer * model.n_layers
     return ADAM_BYTES * count_parameters(model) + kept
 
 

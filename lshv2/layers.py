@@ -211,9 +211,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x [B,T,d] -> [B,T,d]; cache: see `Attention.cached`."""
-        h = self.attention_norm(x)
-        x = x + (self.attention(h, cos, sin) if cache is None else self.attention.cached(h, cos, sin, cache))
-        return self.feed_forward(x)
+        if cache is None:
+            return self.feed_forward(self.attend(x, cos, sin))
+        return self.feed_forward(x + self.attention.cached(self.attention_norm(x), cos, sin, cache))
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The first half, with its residual: x [B,T,d] -> [B,T,d]."""
+        return x + self.attention(self.attention_norm(x), cos, sin)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half, with its residual: x [.., d] -> [.., d]."""

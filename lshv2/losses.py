@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 IGNORE = -100  # a label that is not scored
-CHUNK_ELEMENTS = 1 << 20  # logits alive at once: 4 MB in float32, so that no benchmark's memory is this buffer,
+# Logits alive at once. On a CPU 4 MB in float32, so that no benchmark's memory is this buffer; a GPU takes 512 MB, or
+# its host could not keep up with the kernels of many small chunks.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 MIN_ROWS = 512  # or this many rows of them: smaller products waste the hardware
 
 
@@ -53,4 +55,5 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
     Memory is O(CHUNK_ELEMENTS + MIN_ROWS·V), not M·V. Under autocast the products run in its dtype.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, max(MIN_ROWS, CHUNK_ELEMENTS // weight.shape[0]))
+    rows = max(MIN_ROWS, CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"] // weight.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)

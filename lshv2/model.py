@@ -16,10 +16,10 @@ Legend: B batch, T tokens, d model width, V vocabulary, N ponder steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -39,6 +39,7 @@ from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
 
 Angles = tuple[Tensor, Tensor]  # cos, sin
+Half = Callable[..., Tensor]
 HASH_SEED = 1 << 32  # added to a model's seed
 
 
@@ -70,7 +71,9 @@ class LSHModel(nn.Module):
         # hash tables of another shape, or none, leave the weights as they are: twins of a seed start alike
         hashes = torch.Generator().manual_seed(HASH_SEED + seed)
         self.config = config
-        self.gradient_checkpoint = False  # the trainer's choice, not a property of the weights
+        # the trainer's choices, not properties of the weights
+        self.gradient_checkpoint: bool | Literal["feed_forward"] = False
+        self.halves: list[tuple[Half, Half]] = []  # of each block, compiled
         table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
         self.blocks = nn.ModuleList(Block(config, hashes) for _ in range(config.weight_tied_layers))
@@ -103,11 +106,29 @@ class LSHModel(nn.Module):
         if self.config.use_ponder:
             x = x + self.step_embedding[n].to(x.dtype)
         for i, block in enumerate(self.blocks):
-            if self.gradient_checkpoint and self.training:
-                x = checkpoint(block, x, *angles, use_reentrant=False)
+            if self.training:
+                x = self._train_block(i, x, angles)
             else:
                 x = block(x, *angles, cache.layers[n * len(self.blocks) + i] if cache else None)
         return x
+
+    def _train_block(self, i: int, x: Tensor, angles: Angles) -> Tensor:
+        """Block i while training, with what the backward is to compute again: all of it, its feed-forward, nothing."""
+        attend, feed_forward = self.halves[i] if self.halves else _halves(self.blocks[i])
+        if self.gradient_checkpoint == "feed_forward":
+            return checkpoint(feed_forward, attend(x, *angles), use_reentrant=False)
+        if self.gradient_checkpoint:
+            return checkpoint(lambda x, *angles: feed_forward(attend(x, *angles)), x, *angles, use_reentrant=False)
+        return feed_forward(attend(x, *angles))
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Train through torch.compile from here on: each half of a block is one graph, the same for all blocks.
+
+        Evaluation and decoding are not compiled: their shapes change from call to call. A new batch shape is compiled
+        anew.
+        """
+        compiled = partial(torch.compile, dynamic=False, backend=backend)
+        self.halves = [(compiled(attend), compiled(feed_forward)) for attend, feed_forward in map(_halves, self.blocks)]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, *, draw: torch.Generator | None = None
@@ -233,6 +254,11 @@ class LSHModel(nn.Module):
     def count_parameters(self) -> int:
         """Distinct trainable parameters: a tied block counts once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _halves(block: nn.Module) -> tuple[Half, Half]:
+    assert isinstance(block, Block)
+    return block.attend, block.feed_forward
 
 
 def create_lsh_v2_model(

@@ -87,5 +87,5 @@ class _Region:
 
 
 def region(name: str) -> AbstractContextManager[Any]:
-    """Mark a piece of the step; free when nothing is profiled."""
-    return _NULL if _active is None else _Region(name)
+    """Mark a piece of the step; free when nothing is profiled, and nothing where torch.compile traces."""
+    return _NULL if torch.compiler.is_compiling() or _active is None else _Region(name)

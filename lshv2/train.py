@@ -50,6 +50,7 @@ def language_task(run: Run) -> Task:
         language_dataset(run, "eval"), train.batch_size,
         train.num_epochs, train.learning_rate, train.eval_every, torch.from_numpy(load_token_bytes(run)),
         profile=train.profile_components, gradient_checkpoint=train.gradient_checkpoint,
+        compile=train.compile,
     )
 
 

@@ -63,6 +63,8 @@ class Trainer:
         self.device = pick_device()
         self.model = model.to(self.device)
         self.model.gradient_checkpoint = task.gradient_checkpoint
+        if task.compile and self.device.type == "cuda":
+            self.model.compile_blocks()
         self.optimizer = make_optimizer(self.model, self.settings, task.learning_rate)
         self.total_steps = task.steps_per_epoch * task.epochs
         self.step = self.tokens = 0
