@@ -44,7 +44,7 @@ from lshv2.runs import Run, read_json, write_json
 from lshv2.trainer import Trainer, pick_device
 
 PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bf16 FLOP/s
-# The dense twin gets the kernel that is the fastest of them on an H200 (`lshv2.benchmark.attention`), not torch's choice.
+# The dense twin gets the fastest of these on an H200 (`lshv2.benchmark.attention`) that takes it, not torch's choice.
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GROUPS = (  # of kernels, by a part of their name, the first that fits
     ("attention", ("_far_", "_local_", "_row_products", "_spans", "_codes", "_earlier", "_best_cells", "_bucket_ids",
