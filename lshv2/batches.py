@@ -10,12 +10,12 @@ import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lshv2.config import Recompute
 from lshv2.data import TokenStream, epoch_order
 from lshv2.evaluation import Batch
 from lshv2.stopping import ignore_signals
@@ -34,7 +34,7 @@ class Task:
     eval_every: int
     token_bytes: Tensor | None = None
     profile: bool = False
-    gradient_checkpoint: bool | Literal["feed_forward"] = False
+    gradient_checkpoint: Recompute = False
     compile: bool = False
 
     @property

@@ -126,6 +126,9 @@ class DataConfig(Section):
         return self
 
 
+Recompute = bool | Literal["block", "feed_forward"]
+
+
 class TrainingConfig(Section):
     """Language-model training (guide: TrainingConfig)."""
 
@@ -136,8 +139,9 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat = 1e-4
     num_train_sequences: PositiveInt = 1_000
     num_eval_sequences: PositiveInt = 100
-    gradient_checkpoint: bool | Literal["feed_forward"] = Field(
-        True, description="compute again in the backward instead of keeping: whole blocks, or their feed-forward alone"
+    gradient_checkpoint: Recompute = Field(
+        True, description="what the backward computes again: true all but attention, block that too, feed_forward what "
+        "follows attention"
     )
     compile: bool = Field(True, description="torch.compile the blocks' training; on a GPU only")
     profile_components: bool = True

@@ -20,7 +20,7 @@ ADAM_BYTES = 16  # a float32 parameter with its gradient and AdamW's two moments
 
 
 def training_flops(settings: Settings) -> float:
-    """Forward and backward over all training tokens; a recomputed forward when checkpointing gradients."""
+    """Forward and backward over all training tokens; the blocks' forward again when checkpointing gradients."""
     model, train = settings.model, settings.train
     tokens = train.num_train_sequences * train.seq_length * train.num_epochs
     embeddings = 2 * model.vocab_size * model.d_model
@@ -29,7 +29,8 @@ def training_flops(settings: Settings) -> float:
     visible = min(train.seq_length, model.window + model.n_global + model.n_rounds * model.bucket_size)
     attention = 4 * visible * model.d_model * model.n_layers  # q.k and p.v, a multiply and an add each
     forward = 2 * (blocks + heads) + attention
-    return tokens * forward * (4 if train.gradient_checkpoint is True else 3)
+    again = {True: 2 * blocks, "block": 2 * blocks + attention}.get(train.gradient_checkpoint, 0)
+    return tokens * (3 * forward + again)
 
 
 def training_bytes(settings: Settings) -> float:
@@ -38,7 +39,9 @@ def training_bytes(settings: Settings) -> float:
     tokens = train.seq_length * train.batch_size
     one_layer = tokens * 4 * (6 * model.d_model + 3 * model.d_ff)
     inputs = tokens * 4 * model.d_model * model.n_layers
-    kept = inputs + 2 * one_layer if train.gradient_checkpoint is True else one_layer * model.n_layers
+    attention = 2 * inputs * (1 + model.n_kv_heads / model.n_heads)  # q, k, v and its output
+    kept = {True: inputs + attention + 2 * one_layer, "block": inputs + 2 * one_layer}.get(
+        train.gradient_checkpoint, one_layer * model.n_layers)
     return ADAM_BYTES * count_parameters(model) + kept
 
 

@@ -211,13 +211,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x [B,T,d] -> [B,T,d]; cache: see `Attention.cached`."""
-        if cache is None:
-            return self.feed_forward(self.attend(x, cos, sin))
-        return self.feed_forward(x + self.attention.cached(self.attention_norm(x), cos, sin, cache))
+        h = self.attention_norm(x)
+        return self.feed_forward(
+            x + (self.attention(h, cos, sin) if cache is None else self.attention.cached(h, cos, sin, cache))
+        )
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The first half, with its residual: x [B,T,d] -> [B,T,d]."""
-        return x + self.attention(self.attention_norm(x), cos, sin)
+    def prepare(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What comes before attention: x [B,T,d] -> see `Attention.prepare`."""
+        return self.attention.prepare(self.attention_norm(x), cos, sin)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes after attention: x [B,T,d] and `Attention.attend`'s [B,H,T,D] -> [B,T,d]."""
+        return self.feed_forward(x + self.attention.out(attended.transpose(1, 2).flatten(2)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half, with its residual: x [.., d] -> [.., d]."""

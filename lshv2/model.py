@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
-from lshv2.config import ModelConfig, parse_size
+from lshv2.config import ModelConfig, Recompute, parse_size
 from lshv2.decoding import Cache
 from lshv2.errors import UserError
 from lshv2.generation import GraphedStep, Prompts, Step, as_batch, check_sampling, tokens
@@ -39,7 +39,8 @@ from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
 
 Angles = tuple[Tensor, Tensor]  # cos, sin
-Half = Callable[..., Tensor]
+Part = Callable[..., Any]
+recomputed = partial(checkpoint, use_reentrant=False)  # its inputs alone are kept for the backward
 HASH_SEED = 1 << 32  # added to a model's seed
 
 
@@ -72,8 +73,8 @@ class LSHModel(nn.Module):
         hashes = torch.Generator().manual_seed(HASH_SEED + seed)
         self.config = config
         # the trainer's choices, not properties of the weights
-        self.gradient_checkpoint: bool | Literal["feed_forward"] = False
-        self.halves: list[tuple[Half, Half]] = []  # of each block, compiled
+        self.gradient_checkpoint: Recompute = False
+        self.parts: list[tuple[Part, Part]] = []  # of each block, compiled
         table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
         self.blocks = nn.ModuleList(Block(config, hashes) for _ in range(config.weight_tied_layers))
@@ -113,22 +114,26 @@ class LSHModel(nn.Module):
         return x
 
     def _train_block(self, i: int, x: Tensor, angles: Angles) -> Tensor:
-        """Block i while training, with what the backward is to compute again: all of it, its feed-forward, nothing."""
-        attend, feed_forward = self.halves[i] if self.halves else _halves(self.blocks[i])
-        if self.gradient_checkpoint == "feed_forward":
-            return checkpoint(feed_forward, attend(x, *angles), use_reentrant=False)
-        if self.gradient_checkpoint:
-            return checkpoint(lambda x, *angles: feed_forward(attend(x, *angles)), x, *angles, use_reentrant=False)
-        return feed_forward(attend(x, *angles))
+        """Block i while training: what `compile_blocks` and `gradient_checkpoint` ask for, the same to rounding."""
+        block, again = self.blocks[i], self.gradient_checkpoint
+        assert isinstance(block, Block)
+        if not (again or self.parts):
+            return block(x, *angles)
+        prepare, finish = self.parts[i] if self.parts else (block.prepare, block.finish)
+        if again == "block":
+            return recomputed(lambda x, *angles: finish(x, block.attention.attend(*prepare(x, *angles))), x, *angles)
+        found = recomputed(prepare, x, *angles) if again is True else prepare(x, *angles)
+        attended = block.attention.attend(*found)
+        return recomputed(finish, x, attended) if again else finish(x, attended)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Train through torch.compile from here on: each half of a block is one graph, the same for all blocks.
+        """Train through torch.compile from here on: what is before and after attention, one graph each for all blocks.
 
         Evaluation and decoding are not compiled: their shapes change from call to call. A new batch shape is compiled
         anew.
         """
         compiled = partial(torch.compile, dynamic=False, backend=backend)
-        self.halves = [(compiled(attend), compiled(feed_forward)) for attend, feed_forward in map(_halves, self.blocks)]
+        self.parts = [(compiled(block.prepare), compiled(block.finish)) for block in self.blocks]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, *, draw: torch.Generator | None = None
@@ -254,11 +259,6 @@ class LSHModel(nn.Module):
     def count_parameters(self) -> int:
         """Distinct trainable parameters: a tied block counts once."""
         return sum(p.numel() for p in self.parameters())
-
-
-def _halves(block: nn.Module) -> tuple[Half, Half]:
-    assert isinstance(block, Block)
-    return block.attend, block.feed_forward
 
 
 def create_lsh_v2_model(

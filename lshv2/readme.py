@@ -24,6 +24,7 @@ from lshv2.tolerant import mapping, number, objects, read_object, text
 SHOWN = 6  # variants of a task
 BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
 NONE_YET = "No reference run committed yet."
+RECOMPUTED = {"True": "all but attention", "block": "blocks", "feed_forward": "after attention", "False": "nothing"}
 COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
 
 
@@ -33,6 +34,8 @@ def results(runs: Path) -> str:
     ablations = sorted(path.parent for path in runs.glob("reference-*/*/ablation.json"))
     operators = [folder for folder in find_operator_results(runs) if folder.parent.name.startswith("reference-")]
     parts = [part for folder in operators if (part := _operator(folder, folder.relative_to(runs).as_posix()))]
+    trainings = sorted(path.parent for path in runs.glob("reference-*/*/training.json"))
+    parts += [_training(folder, folder.relative_to(runs).as_posix()) for folder in trainings]
     parts += [part for entry in entries if (part := _part(entry))]
     parts += [_ablation(folder, folder.relative_to(runs).as_posix()) for folder in ablations]
     return "\n\n".join(parts) or NONE_YET
@@ -86,6 +89,29 @@ def _ablation(folder: Path, key: str) -> str:
         if order[SHOWN:]:
             parts.append(f"{len(order) - SHOWN} more variants: [ablation.md](runs/{key}/ablation.md).")
     return "\n\n".join(parts)
+
+
+def _training(folder: Path, key: str) -> str:
+    """Training steps of the whole model: a line a row."""
+    content, _ = read_object(folder, "training.json")
+    head = (f"**[{key}](runs/{key})**, training steps of the documented model, bfloat16, medians (20 to 80 %): "
+            f"{text(content.get('device'))}, {_made_by(mapping(content, 'environment'))}")
+    lines = [["model", "tokens", "recomputed", "milliseconds", "tokens/s", "over dense", "MFU", "peak GB"]]
+    lines.append(["---", "---:", "---", "---:", "---:", "---:", "---:", "---:"])
+    for row in objects(content, "rows", "training.json")[0]:
+        names = [text(row.get("attention")), *["Ponder"] * (row.get("ponder") is True),
+                 *["not compiled"] * (row.get("compile") is False)]
+        again = RECOMPUTED.get(str(row.get("gradient_checkpoint")), "")
+        cells = [", ".join(names), f"{number(row.get('seq_len')):,.0f} x {number(row.get('batch_size')):.0f}", again]
+        if row.get("status") != "ok":
+            lines.append([*cells, text(row.get("status")), *[""] * 4])
+            continue
+        low, middle, high, rate, factor, mfu, peak = (number(row.get(name)) for name in (
+            "step_ms_p20", "step_ms", "step_ms_p80", "tokens_per_sec", "over_dense", "mfu", "peak_mb"))
+        lines.append([*cells, f"{middle:,.0f} ({low:,.0f} to {high:,.0f})", f"{rate:,.0f}",
+                      f"{factor:.2f} ×" if math.isfinite(factor) else "", f"{mfu:.2f}" if math.isfinite(mfu) else "",
+                      f"{peak / 1024:.1f}"])
+    return "\n\n".join([head, _markdown(lines)])
 
 
 def _operator(folder: Path, key: str) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lshv2.benchmark.training import flops_a_token, line, measure, settings_of, visible_keys
+from lshv2.benchmark.training import beside_twins, flops_a_token, line, measure, settings_of, visible_keys
 from lshv2.config import ModelConfig
 from lshv2.model import LSHModel
 from lshv2.runs import repo_root
@@ -43,6 +43,13 @@ def test_the_command_measures_each_row_once(tmp_path: Path) -> None:
     assert said.count("tokens/s") == 4 and second["rows"][:2] == first["rows"]
     said, third = run(out, "--attentions", "lsh", "dense")
     assert not said and third["rows"] == second["rows"]
+
+
+def test_a_row_stands_beside_the_twin_of_its_settings() -> None:
+    rows = [{**CASE, "status": "ok", "tokens_per_sec": 300.0}, {**CASE, "status": "out of memory", "seq_len": 128},
+            {**CASE, "status": "ok", "tokens_per_sec": 200.0, "ponder": True}]
+    rows += [{**CASE, "attention": "dense", "status": "ok", "tokens_per_sec": 100.0, "seq_len": n} for n in (64, 128)]
+    assert [row.get("over_dense") for row in beside_twins(rows)] == [3.0, None, None, None, None]
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,8 +139,8 @@ def test_the_estimate_counts_what_the_documented_configuration_does() -> None:
     settings = make_settings("full")
     tokens = 1_000 * 131_072 * 5
     # 24 layers of 8.65 M weights, four ponder steps' output heads of 24.6 M, 772 visible keys of 768 dimensions in
-    # two products; forward, forward again for the checkpoint, and twice that for the backward.
-    by_hand = 4 * tokens * (2 * (24 * 8.65e6 + 4 * 24.6e6) + 4 * 772 * 768 * 24)
+    # two products; forward and twice that for the backward, and the layers' products again for the checkpoint.
+    by_hand = tokens * (3 * (2 * (24 * 8.65e6 + 4 * 24.6e6) + 4 * 772 * 768 * 24) + 2 * 24 * 8.65e6)
     assert estimate.training_flops(settings) == pytest.approx(by_hand, rel=0.02)
     longer = make_settings("full", {"train.num_epochs": 10})
     assert estimate.training_flops(longer) == pytest.approx(2 * estimate.training_flops(settings))

@@ -129,7 +129,7 @@ def test_a_window_over_everything_is_dense_attention() -> None:
 
 def test_gradient_checkpointing_changes_nothing() -> None:
     x, results = ids(), []
-    for checkpoint in (False, True, "feed_forward"):
+    for checkpoint in (False, True, "block", "feed_forward"):
         model = small()
         model.gradient_checkpoint = checkpoint  # type: ignore[assignment]
         loss = model(x, labels=x).loss
@@ -143,7 +143,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 @pytest.mark.parametrize("hashing", ["inverted_file", "codebooks"])
-@pytest.mark.parametrize("checkpoint", [False, True, "feed_forward"])
+@pytest.mark.parametrize("checkpoint", [False, True, "block", "feed_forward"])
 def test_compiled_blocks_train_alike_in_two_graphs(checkpoint: bool | str, hashing: str, backend: str) -> None:
     """Three steps with their hash updates; the graphs of the first block serve all, and no step compiles again."""
     if backend == "torch":
@@ -156,7 +156,7 @@ def test_compiled_blocks_train_alike_in_two_graphs(checkpoint: bool | str, hashi
             torch._dynamo.reset()
             counters.clear()
             model.compile_blocks("aot_eager")
-        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []  # Adam makes much of rounding
         for _ in range(3):
             loss = model(x, labels=x).loss
             loss.backward()

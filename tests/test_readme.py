@@ -42,6 +42,22 @@ def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
         readme.with_results("no marks", said)
 
 
+def test_training_steps_are_shown_with_what_did_not_fit(tmp_path: Path) -> None:
+    row = {"attention": "lsh", "seq_len": 4096, "batch_size": 32, "ponder": True, "gradient_checkpoint": True,
+           "compile": False, "status": "ok", "step_ms": 1234.4, "step_ms_p20": 1200.0, "step_ms_p80": 1300.0,
+           "tokens_per_sec": 106_000.0, "over_dense": 7.789, "mfu": None, "peak_mb": 2048.0}
+    full = {**row, "seq_len": 131_072, "batch_size": 1, "status": "out of memory", "gradient_checkpoint": "block"}
+    content = {"device": "cuda (a GPU)", "environment": {"commit": "0123456789", "torch": "2.11"}, "rows": [row, full]}
+    write_json(tmp_path / "reference-x" / "training" / "training.json", content)
+    said = readme.results(tmp_path)
+    assert "cuda (a GPU), torch 2.11, commit 0123456" in said
+    assert said.splitlines()[-2:] == [
+        "| lsh, Ponder, not compiled | 4,096 x 32 | all but attention "
+        "| 1,234 (1,200 to 1,300) | 106,000 | 7.79 × |  | 2.0 |",
+        "| lsh, Ponder, not compiled | 131,072 x 1 | blocks | out of memory |  |  |  |  |",
+    ]
+
+
 def test_ablations_are_shown_with_their_spread(tmp_path: Path) -> None:
     def twin(low: float) -> dict[str, float]:
         values = {"": low + 0.1, "_low": low, "_high": low + 0.3}

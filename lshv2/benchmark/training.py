@@ -14,7 +14,8 @@ anew).
 N: weights of all matrix products of the blocks, a tied block as often as it is applied; E: exits that are scored (the
 ponder steps, or 1); visible: keys a query sees, mean over positions: (T + 1)/2 for the dense twin, for LSH at most
 window + n_global + R·W. Recomputation, hashing and elementwise work count as nothing. Peak: dense bf16 as the maker
-states it, for the GPUs in `PEAKS`; others have no MFU.
+states it, for the GPUs in `PEAKS`; others have no MFU. `over_dense`: tokens/s over those of the dense twin with equal
+settings, where it was measured.
 Not here: several GPUs, evaluation, data.
 """
 
@@ -158,6 +159,18 @@ def kernels(trainer: Trainer, ids: Tensor) -> dict[str, Any]:
     return {"groups_ms": groups, "longest": longest}
 
 
+def beside_twins(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, LSH ones with `over_dense`: their rate over that of the dense twin in the same row of settings."""
+    keys = ("seq_len", "batch_size", "ponder", "gradient_checkpoint", "compile")
+    dense = {tuple(row[key] for key in keys): row for row in rows if row["attention"] == "dense"}
+    result = []
+    for row in rows:
+        twin = dense.get(tuple(row[key] for key in keys), {}).get("tokens_per_sec")
+        known = row["attention"] == "lsh" and twin and row["status"] == "ok"
+        result.append({**row, "over_dense": row["tokens_per_sec"] / twin} if known else row)
+    return result
+
+
 def line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
     name = row["attention"] + (" ponder" if row["ponder"] else "")
@@ -178,7 +191,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072, help="of a step: sequences a batch follow from it")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="full")
     parser.add_argument("--ponder", nargs="+", choices=["off", "on"], default=["off"])
-    parser.add_argument("--checkpoint", nargs="+", choices=["true", "feed_forward", "false"], default=["true"])
+    parser.add_argument("--checkpoint", nargs="+", choices=["true", "block", "feed_forward", "false"], default=["true"])
     parser.add_argument("--compile", nargs="+", choices=["on", "off"], default=["on"])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=3)
@@ -211,7 +224,7 @@ def main() -> None:
         if options.out:
             about = {"schema": 1, "environment": environment(), "device": device_name(pick_device()),
                      "preset": options.preset, "tokens_a_step": options.tokens}
-            write_json(options.out, {**about, "rows": rows})
+            write_json(options.out, {**about, "rows": beside_twins(rows)})
 
 
 if __name__ == "__main__":
