@@ -1,7 +1,7 @@
 """From the append-only `metrics.jsonl` to the columns of `training_metrics.json`.
 
-A `resume` line supersedes earlier lines of its task past the step it resumed from, a `restart` line all of them: they
-were computed twice.
+A `resume` line supersedes earlier lines of its task past the step it resumed from, a `restart` line all of them, and
+a line an earlier one of its event and step: they were computed twice.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ EVAL_COLUMNS = {"step": "eval_step", "loss_eval": "loss_eval", "bits_per_byte": 
 
 
 def standing(records: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    """The task's lines in step order, without those that a later resume superseded."""
-    kept: list[dict[str, Any]] = []
+    """The task's lines in step order, without those that a later one superseded."""
+    kept: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
         if record.get("task") != task:
             continue
-        if record["event"] == "restart":
-            kept = []
-        elif record["event"] == "resume":
-            kept = [r for r in kept if r["step"] <= record["step"]]
-        else:
-            kept.append(record)
-    return kept
+        event, step = record["event"], record["step"]
+        if event == "restart":
+            kept = {}
+        elif event == "resume":
+            kept = {key: r for key, r in kept.items() if r["step"] <= step}
+        else:  # an evaluation that a signal cut short is made again by each resume before the next checkpoint
+            kept[event, step] = record
+    return list(kept.values())
 
 
 def columns(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -205,6 +205,7 @@ def _send(tracker: Tracker, held: Held, record: dict[str, Any]) -> None:
     event, step = record["event"], record["step"]
     if step > held.get(event, -1):
         tracker.log(scalars(record), step, record["time"])
+        held[event] = step
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

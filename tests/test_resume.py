@@ -40,6 +40,7 @@ TASKS = ("language_model", "recall")
 KILLED, STOPPED = -signal.SIGKILL, 128 + signal.SIGTERM
 CHAIN = (  # place, its n-th time in the process, how the process ends
     ("SIGTERM in an evaluation", 1, STOPPED),
+    ("between two steps", 3, KILLED),  # that evaluation is made, and no checkpoint since: the next makes it once more
     ("a checkpoint half written", 2, KILLED),
     ("a line half written", 5, KILLED),
     ("a checkpoint not listed", 2, KILLED),
@@ -121,7 +122,7 @@ def test_killed_and_stopped_anywhere_it_ends_bit_for_bit_the_same(forks: Forks, 
     assert best and {e["step"] for e in listed_checkpoints(folder)} == {16, 30, 32, best["step"]}
     assert_same(run, whole)
     resumed = [r["task"] for r in read_jsonl(run.metrics)[0] if r["event"] == "resume"]
-    assert resumed == [TASKS[0]] * 6 + [TASKS[1]], "not resumed where it should be"
+    assert resumed == [TASKS[0]] * 7 + [TASKS[1]], "not resumed where it should be"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

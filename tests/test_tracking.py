@@ -16,8 +16,8 @@ from lshv2.metrics import standing
 from lshv2.model import LSHModel
 from lshv2.presets import make_settings
 from lshv2.runner.phases import PHASE_TABLE
-from lshv2.runs import Run, load_run, open_run, read_json, read_jsonl
-from lshv2.tracking import HEAD, Held
+from lshv2.runs import Run, append_jsonl, load_run, open_run, read_json, read_jsonl
+from lshv2.tracking import HEAD, Held, TensorBoardTracker, Tracking
 from lshv2.train import language_task, train_run
 from lshv2.trainer import Trainer
 
@@ -126,6 +126,19 @@ def read_events(run: Run, task: str) -> Points:
         for event in events.Scalars(key):
             points.setdefault((key, event.step), []).append(event.value)
     return points
+
+
+def test_an_evaluation_that_a_resume_makes_once_more_is_sent_once(tmp_path: Path) -> None:
+    """Written, then killed before a checkpoint knew of it: it is among the standing lines, and comes again."""
+    run = open_run(tmp_path / "again", preset="test")
+    record = {"task": TASKS[0], "event": "eval", "step": 4, "time": 1.0, "loss_eval": 2.0}
+    append_jsonl(run.metrics, record)
+    tracking = Tracking(run, TASKS[0])
+    tracking.add(TensorBoardTracker())
+    with tracking.session():
+        tracking.log({**record, "time": 2.0})
+        tracking.log({**record, "step": 8})
+    assert read_events(run, TASKS[0]) == {("eval/loss_eval", 4): [2.0], ("eval/loss_eval", 8): [2.0]}
 
 
 class FullDisk:
