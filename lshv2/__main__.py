@@ -15,7 +15,7 @@ from typing import Any
 
 from lshv2.errors import UserError
 from lshv2.presets import PRESETS, make_settings, parse_override, sections
-from lshv2.runs import PHASES, check_run_name, load_run, read_json, runs_root
+from lshv2.runs import PHASES, check_run_name, hold, load_run, read_json, runs_root
 from lshv2.sizes import SHAPE_KEYS
 
 COMMANDS = {
@@ -113,8 +113,6 @@ def _check_preset(run_dir: Path, preset: str) -> None:
 
 def clean_run(values: dict[str, str]) -> int:
     """Delete a run folder, and nothing that is not one."""
-    from lshv2.runner import hold
-
     if not values["RUN"]:
         raise UserError("clean-run needs the name of a run: make clean-run RUN=quick")
     path = runs_root() / check_run_name(values["RUN"])

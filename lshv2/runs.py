@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lshv2.presets import make_settings, validate
 
 PHASES = ("01_model", "02_data", "03_train", "04_benchmark", "05_report")
 SCHEMA = 1
+LOCK = ".lock"  # in the run folder: held by its one writer, whom `.holder.json` names
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,31 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def hold(run_dir: Path, command: str) -> Iterator[None]:
+    """One writer a run folder; `UserError` names who holds it. Released by the system when the holder dies."""
+    import filelock
+
+    note = run_dir / ".holder.json"
+    try:
+        with filelock.FileLock(run_dir / LOCK, timeout=0):
+            write_json(note, {"pid": os.getpid(), "since": now(), "command": command})
+            try:
+                yield
+            finally:
+                note.unlink(missing_ok=True)
+    except filelock.Timeout:
+        holder = read_json(note)[0] or {}
+        raise UserError(
+            f"run {run_dir.name} is being written by process {holder.get('pid', '?')} since {holder.get('since', '?')} "
+            f"({holder.get('command', '?')}): wait for it, or choose another name with RUN="
+        ) from None
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

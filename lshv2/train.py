@@ -35,7 +35,7 @@ from lshv2.data.tokenizer import decode
 from lshv2.errors import UserError
 from lshv2.metrics import write_training_metrics
 from lshv2.model import LSHModel
-from lshv2.runs import SCHEMA, Run, load_run, write_json
+from lshv2.runs import SCHEMA, Run, hold, load_run, write_json
 from lshv2.stopping import Stopped
 from lshv2.trainer import Trainer, pick_device
 
@@ -147,7 +147,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, help="the config.json of a run folder")
     path = Path(parser.parse_args(arguments).config)
     try:
-        train_run(load_run(path.parent))
+        if path.name != "config.json":
+            raise UserError(f"--config {path}: not a config.json of a run folder, such as runs/quick/config.json")
+        run = load_run(path.parent)
+        with hold(run.path, "python -m lshv2.train"):
+            train_run(run)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,8 +16,8 @@ from lshv2.data import ensure
 from lshv2.errors import UserError
 from lshv2.metrics import TRAIN_COLUMNS
 from lshv2.model import LSHModel
-from lshv2.runs import Run, append_jsonl, open_run
-from lshv2.train import language_task, sample_text, train_run
+from lshv2.runs import Run, append_jsonl, hold, open_run
+from lshv2.train import language_task, main, sample_text, train_run
 from lshv2.trainer import Trainer
 
 SCRIPT = """
@@ -88,6 +88,21 @@ def test_another_shape_is_one_line(finished: Run) -> None:
     other = Run(finished.path, wider.settings)
     with pytest.raises(UserError, match="another model shape"):
         train_run(other)
+
+
+def test_the_command_refuses_another_file_and_a_run_that_somebody_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(tmp_path / "run", preset="test")
+    (run.path / "mine.json").write_text("{}")
+    assert main(["--config", str(run.path / "mine.json")]) == 2
+    assert main(["--config", str(tmp_path / "config.json")]) == 2
+    with hold(run.path, "make quick"):
+        assert main(["--config", str(run.config)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "not a config.json of a run folder" in said[0] and "is not a run folder" in said[1], said
+    assert f"is being written by process {os.getpid()}" in said[2] and "(make quick)" in said[2], said
+    assert not run.metrics.exists() and not (run.path / ".holder.json").exists()
 
 
 def test_a_stop_before_the_first_checkpoint_starts_again_without_doubled_rows(tmp_path: Path) -> None:

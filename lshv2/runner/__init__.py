@@ -23,11 +23,9 @@ from typing import Any
 from lshv2.config import Settings
 from lshv2.errors import UserError
 from lshv2.presets import make_settings
-from lshv2.runner.markers import Inputs, begin, complete, describe_inputs, now, reason_to_run
+from lshv2.runner.markers import Inputs, begin, complete, describe_inputs, reason_to_run
 from lshv2.runner.phases import PHASE_TABLE, Phase
-from lshv2.runs import PHASES, Run, open_run, read_json, repo_root, write_json
-
-LOCK = ".lock"  # in the run folder: held by its one runner, with the holder's process id inside
+from lshv2.runs import PHASES, Run, hold, now, open_run, read_json, repo_root, write_json
 
 
 class Interrupted(BaseException):
@@ -167,25 +165,6 @@ class Pipeline:
         print(f"results: {_short(run.path)}")
         print(f"verdict: {verdict}" if verdict else "verdict: none yet (05_report has not run)")
         print("next:    make dashboard", flush=True)
-
-
-@contextmanager
-def hold(run_dir: Path, command: str) -> Iterator[None]:
-    """One runner a run folder; `UserError` names who holds it. Released by the system when the holder dies."""
-    import filelock
-
-    note = run_dir / ".holder.json"
-    try:
-        with filelock.FileLock(run_dir / LOCK, timeout=0):
-            write_json(note, {"pid": os.getpid(), "since": now(), "command": command})
-            yield
-            note.unlink(missing_ok=True)
-    except filelock.Timeout:
-        holder = read_json(note)[0] or {}
-        raise UserError(
-            f"run {run_dir.name} is being written by process {holder.get('pid', '?')} since {holder.get('since', '?')} "
-            f"({holder.get('command', '?')}): wait for it, or choose another name with RUN="
-        ) from None
 
 
 @contextmanager

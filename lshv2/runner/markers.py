@@ -14,14 +14,13 @@ import json
 import os
 import platform
 import shutil
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lshv2.runner.imports import code_behind
 from lshv2.runner.phases import PHASE_TABLE, Phase, check_artifact, find_artifacts, hash_outputs
-from lshv2.runs import Run, read_json, repo_root, sha256, write_json
+from lshv2.runs import Run, now, read_json, repo_root, sha256, write_json
 
 Inputs = dict[str, dict[str, str]]  # group -> name -> value or hash
 DECIDING = ("settings", "results")  # the groups that a half-done phase must share to go on
@@ -91,10 +90,6 @@ def complete(phase: Phase, run: Run, inputs: Inputs, seconds: float) -> str | No
     write_json(run.marker(phase.name), {**content, "inputs": inputs, "outputs": outputs})
     write_json(run.path / f"{phase.name}.STARTED", {**content, "inputs": inputs})
     return None
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _differences(before: Inputs, after: Inputs) -> list[str]:
