@@ -16,7 +16,8 @@ Shuffling is by blocks: while the windows of one block leave in seeded order, th
 once. A position is where the block began and how many windows of it have left; with workers each batch carries its own,
 because what they have read ahead was not trained on. torchdata's StatefulDataLoader would carry whole pickled states.
 
-Left out: going on with another number of ranks or workers, which has no exact meaning: `restore` refuses.
+Left out: going on with another number of ranks or workers, which has no exact meaning: `restore` refuses, in one line.
+An elastic restart of torchrun therefore has to come back with as many processes as it had.
 """
 
 from __future__ import annotations
