@@ -5,11 +5,12 @@
 A token halts at the first step whose cumulative halting probability reaches `ponder_threshold`, or, given a generator,
 by a draw from its own λ_n, so that its number of steps follows p. It answers with the state that it has then, and that
 is what later tokens see of it: once more, in the step after, each block makes key, value and bucket ids of that state,
-and keeps them from there on. (Left as they were at its last step, which is free, they cost up to 0.7 % more bits per
-byte: CONTRIBUTING.) Nothing else is computed for it: queries, attention's output and feed-forward take the tokens that
-go on, packed together (`Packed`). The operator has no ragged form: it takes a query a token, zeros for the halted ones.
-Decoding a token at a time has nothing to pack and must not wait for the device: `Held` computes all rows and keeps the
-halted ones' values. Both are the same function.
+and keeps them from there on: it adds no step embedding, its state is the same for every block, and its key, which
+mixes in the token before, takes what that token shows the block in the same step. (Left as they were at its last step,
+which is free, they cost up to 0.7 % more bits per byte: CONTRIBUTING.) Nothing else is computed for it: queries,
+attention's output and feed-forward take the tokens that go on, packed together (`Packed`). The operator has no ragged
+form: it takes a query a token, zeros for the halted ones. Decoding a token at a time has nothing to pack and must not
+wait for the device: `Held` computes all rows and keeps the halted ones' values. Both are the same function.
 
 Left out on purpose: sampled halting while decoding, whose draws a CUDA graph could not take from a generator of the
 host's; skipping steps there.

@@ -7,7 +7,8 @@
 
 `n_layers` blocks are `weight_tied_layers` distinct ones applied `n_layers / weight_tied_layers` times; one pass over
 the distinct ones is a ponder step. While training every step answers and the losses are weighed by the halting
-distribution; in `eval()` tokens halt, and the later steps go on without them (`lshv2.halting`):
+distribution; in `eval()` tokens halt, and the later steps go on without them: each block projects a halted token's last
+state once more, to the key, value and bucket ids that the others see from there on (`lshv2.halting`):
 
     out = model.eval()(input_ids)                                        # at ponder_threshold
     out = model(input_ids, draw=torch.Generator().manual_seed(0))        # by a draw from each token's λ

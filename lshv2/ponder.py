@@ -5,8 +5,9 @@ After ponder step n a head gives the halting probability λ_n, conditional on no
     p_n = λ_n Π_{j<n} (1 − λ_j),  the remainder going to the last step N (a network that has run out must answer)
     loss = Σ_n p_n · CE_n  +  β · KL(p ‖ Geometric(λ_p) truncated at N and renormalised)
 
-both per token. The direction of the KL and the renormalised prior matter: reversed or unnormalised forms have another
-minimum. Legend: N steps, B batch, T tokens.
+both per token. Training runs every token through all N steps, each seeing the others' states of the same step; outside
+training a token halts, and what the others then see of it is defined in `lshv2.halting`. The direction of the KL and
+the renormalised prior matter: reversed or unnormalised forms have another minimum. Legend: N steps, B batch, T tokens.
 """
 
 from __future__ import annotations

@@ -220,6 +220,11 @@ def test_handlers_stand_only_inside_and_a_late_signal_is_passed_on() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     with pytest.raises(KeyboardInterrupt), StopRequest():
         signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Stopped), StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        stop._since -= 2
+        signal.raise_signal(signal.SIGTERM)  # a supervisor that repeats itself must not tear the checkpoint
+        raise Stopped("stopped", signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         stop._since -= 2  # a person's second Ctrl-C, two seconds later
