@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lshv2.config import Recompute
 from lshv2.data import TokenStream, epoch_order
+from lshv2.errors import UserError
 from lshv2.evaluation import Batch
 from lshv2.stopping import ignore_signals
 
@@ -39,10 +40,13 @@ class Task:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that an epoch fills; raises ValueError where it fills none."""
+        """Batches that an epoch fills; raises UserError where it fills none."""
         count = len(self.train)  # type: ignore[arg-type]
         if count < self.batch_size:
-            raise ValueError(f"{self.name}: {count} sequences do not fill one batch of {self.batch_size}")
+            raise UserError(
+                f"{self.name}: {count} sequences (num_train_sequences) do not fill one batch of {self.batch_size} "
+                "(batch_size): raise the first or lower the second"
+            )
         return count // self.batch_size
 
 

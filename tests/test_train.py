@@ -114,6 +114,12 @@ def test_a_stop_before_the_first_checkpoint_starts_again_without_doubled_rows(tm
     assert metrics["eval_step"] == [0, 4, 8] and metrics["step"] == [2, 4, 6, 8]
 
 
+def test_too_few_sequences_for_a_batch_are_one_line(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "few", preset="test", overrides={"train.num_train_sequences": 3, "train.batch_size": 4})
+    with pytest.raises(UserError, match=r"3 sequences \(num_train_sequences\) do not fill one batch of 4"):
+        train_run(run)
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     """The checkpoint before the poison stays the newest, and the line names the loss."""
     run = open_run(tmp_path / "nan", preset="test", overrides={"train.checkpoint_every": 3, "train.log_every": 8})
