@@ -78,9 +78,11 @@ def _given_settings(run_dir: Path, preset: str, values: dict[str, str]) -> dict[
     _check_preset(run_dir, preset)
     return {
         "preset": preset,
-        "overrides": {f"{section}.{key}": value for section, key, value in map(parse_override, values["SET"].split())},
+        "overrides": {
+            **{f"{section}.{key}": value for section, key, value in map(parse_override, values["SET"].split())},
+            **({"parallel.nproc": _number("NPROC", values, default=1)} if values["NPROC"] else {}),
+        },
         "seed": _number("SEED", values, default=0),
-        "nproc": _number("NPROC", values, default=1),
         "data": _data(values["DATA"]),
     }
 
@@ -100,7 +102,7 @@ def _own_settings(run_dir: Path, values: dict[str, str]) -> dict[str, Any]:
     }
     if "train.model_size" in overrides:  # else the size would decide the shape anew around the keys that differ
         overrides |= {f"model.{key}": made["model"][key] for key in SHAPE_KEYS}
-    return {"preset": made["preset"], "overrides": overrides, "seed": made["seed"], "nproc": made["nproc"]}
+    return {"preset": made["preset"], "overrides": overrides, "seed": made["seed"]}
 
 
 def _check_preset(run_dir: Path, preset: str) -> None:

@@ -19,6 +19,7 @@ from lshv2.config import Recompute
 from lshv2.data import TokenStream, epoch_order
 from lshv2.errors import UserError
 from lshv2.evaluation import Batch
+from lshv2.parallel.ranks import Ranks
 from lshv2.stopping import ignore_signals
 
 
@@ -51,33 +52,37 @@ class Task:
 
 
 def training_batches(
-    task: Task, step: int, *, seed: int, num_workers: int, pin_memory: bool
+    task: Task, step: int, *, seed: int, num_workers: int, pin_memory: bool, rows: slice
 ) -> Generator[Batch, None, None]:
-    """The batches from `step` to the task's last one. Closing it ends the workers."""
+    """Some rows of the batches from `step` to the task's last one. Closing it ends the workers.
+
+    Of a stream come as many rows; which ones, it knows by itself.
+    """
+    size = task.batch_size
     left = task.steps_per_epoch * task.epochs - step
     if isinstance(task.train, TokenStream):
-        batches = task.train.batches(task.batch_size, pin_memory=pin_memory, worker_init_fn=ignore_signals)
-        with contextlib.closing(batches):
-            yield from itertools.islice(batches, left)
+        stream = task.train.batches(len(range(size)[rows]), pin_memory=pin_memory, worker_init_fn=ignore_signals)
+        with contextlib.closing(stream):
+            yield from itertools.islice(stream, left)
         return
     while left:
         epoch, at = divmod(task.steps_per_epoch * task.epochs - left, task.steps_per_epoch)
         order = epoch_order(len(task.train), epoch, seed)  # type: ignore[arg-type]
-        size = task.batch_size
-        rows = [order[i * size : (i + 1) * size].tolist() for i in range(at, task.steps_per_epoch)]
-        left -= len(rows)
+        batches = [order[i * size : (i + 1) * size][rows].tolist() for i in range(at, task.steps_per_epoch)]
+        left -= len(batches)
         yield from DataLoader(
-            task.train, batch_sampler=rows, num_workers=min(num_workers, len(rows)), pin_memory=pin_memory,
+            task.train, batch_sampler=batches, num_workers=min(num_workers, len(batches)), pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
             worker_init_fn=ignore_signals,
         )
 
 
-def evaluation_batches(task: Task, stopped: Callable[[], bool]) -> Iterator[Batch]:
-    """The held-out sequences in order; ends early when `stopped`."""
-    count = len(task.evaluation)  # type: ignore[arg-type]
-    for at in range(0, count, task.batch_size):
+def evaluation_batches(task: Task, stopped: Callable[[], bool], ranks: Ranks) -> Iterator[Batch]:
+    """The held-out sequences in order, every `world`-th of them; ends early when `stopped`."""
+    mine = range(len(task.evaluation))[ranks.rank :: ranks.world]  # type: ignore[arg-type]
+    size = -(-task.batch_size // ranks.world)
+    for at in range(0, len(mine), size):
         if stopped():
             return
-        rows = [task.evaluation[i] for i in range(at, min(at + task.batch_size, count))]
+        rows = [task.evaluation[i] for i in mine[at : at + size]]
         yield torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])

@@ -1,5 +1,8 @@
 """Checkpoints: one safetensors file a step, written atomically, found through `last.json`, verified by sha256.
 
+Several processes write a folder `step_<n>.pieces` instead, a file each (`lshv2.parallel.saving`) and `state.json`.
+Either is read by any number of processes, also by one.
+
 Kept are the newest `keep`, the one of the lowest `loss_eval`, and every one at a multiple of `every` steps: at most
 keep + 1 + steps // every files (keep + 1 without `every`), and one more, under a temporary name, while it is written.
 
@@ -11,6 +14,9 @@ sha256 in `last.json`. A damaged newest file falls back to the one before, and s
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +26,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lshv2.errors import UserError
-from lshv2.runs import atomic_path, read_json, sha256, write_json
+from lshv2.parallel.ranks import ALONE, Ranks
+from lshv2.runs import atomic_path, digest, read_json, write_json
 
-LAST = "last.json"
+LAST, STATE = "last.json", "state.json"
 Entry = dict[str, Any]  # of last.json
 
 
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int,
-    *, every: int | None = None, loss_eval: float | None = None, suffix: str = "",
+    *, every: int | None = None, loss_eval: float | None = None, suffix: str = "", ranks: Ranks = ALONE,
 ) -> Path:
     """Write `step_<n><suffix>.safetensors`, then `last.json`; delete what the policy does not keep.
+
+    Of several `ranks` each must call it, with the same state; they write `step_<n><suffix>.pieces`.
 
     loss_eval: of this step, None where it was not evaluated. suffix: tells a second file of the same step from the
     first, which then stays whole until `last.json` names the second.
@@ -41,19 +50,48 @@ def save_checkpoint(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    path = folder / f"step_{step:08d}{suffix}.safetensors"
-    with atomic_path(path) as temporary:
-        packed = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_file(packed, temporary, metadata={"state": json.dumps({**state, "step": step})})
+    state = {**state, "step": step}
+    path = folder / f"step_{step:08d}{suffix}.{'safetensors' if ranks.world == 1 else 'pieces'}"
+    if ranks.world == 1:
+        with atomic_path(path) as temporary:
+            packed = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+            save_file(packed, temporary, metadata={"state": json.dumps(state)})
+    else:
+        _write_folder(path, tensors, state, ranks)
+    if ranks.first:
+        _settle(folder, path, step, loss_eval, keep, every)
+    ranks.wait()  # what is listed is the same for all
+    return path
+
+
+def _write_folder(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
+    """All processes' pieces into a folder beside `path`, which takes its place when everything is in it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.wait()
+    from lshv2.parallel.saving import write_pieces  # half a second, which one process need not wait for
+
+    write_pieces(temporary, tensors)
+    ranks.wait()
+    if ranks.first:
+        write_json(temporary / STATE, state)
+        if path.exists():  # passed over as damaged, and computed again
+            path.rename(path.with_name(f".{path.name}.old.tmp"))
+        os.replace(temporary, path)
+
+
+def _settle(folder: Path, path: Path, step: int, loss_eval: float | None, keep: int, every: int | None) -> None:
+    """The new checkpoint into `last.json`, and away with what is no longer kept."""
     older = [e for e in listed_checkpoints(folder) if e["step"] < step and (folder / e["file"]).exists()]
-    entry = {"file": path.name, "sha256": sha256(path), "step": step, "loss_eval": loss_eval}
+    entry = {"file": path.name, "sha256": digest(path), "step": step, "loss_eval": loss_eval}
     history = _kept([*older, entry], keep, every)
     _write_list(folder, history)
-    for torn in folder.glob(".step_*.tmp"):  # a kill while writing leaves one, as large as a checkpoint
-        torn.unlink()
-    for stale in set(folder.glob("step_*.safetensors")) - {folder / e["file"] for e in history}:
-        stale.unlink()
-    return path
+    kept = {folder / e["file"] for e in history}
+    # a kill while writing leaves a temporary one, as large as a checkpoint
+    for stale in [*folder.glob(".step_*.tmp"), *(set(folder.glob("step_*")) - kept)]:
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def listed_checkpoints(folder: Path) -> list[Entry]:
@@ -97,7 +135,7 @@ def find_checkpoint(folder: Path, *, best: bool = False) -> tuple[Path | None, l
     notes: list[str] = []
     for entry in reversed(entries):
         path = folder / entry["file"]
-        if path.exists() and sha256(path) == entry["sha256"]:
+        if path.exists() and digest(path) == entry["sha256"]:
             return path, notes
         state = "damaged" if path.exists() else "missing"
         notes.append(f"checkpoint {path} is {state}: falling back to the {'next best' if best else 'one before'}")
@@ -114,13 +152,27 @@ def forget_newer(folder: Path, path: Path) -> None:
         _write_list(folder, entries[: names.index(path.name) + 1])
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors by name, and the state. Raises `UserError` when the file is not a checkpoint of ours."""
+def read_checkpoint(path: Path, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by name, and the state. Raises `UserError` when the file or folder is not a checkpoint of ours.
+
+    like: see `read_pieces`.
+    """
     try:
+        if path.is_dir():
+            from lshv2.parallel.saving import read_pieces
+
+            return read_pieces(path, like or {}), json.loads((path / STATE).read_text(encoding="utf-8"))
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({error}): delete it and rerun the training") from None
+
+
+def owners(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Checkpoint name of each weight and of each moment -> the parameter that it belongs to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {f"model.{name}": x for name, x in model.state_dict().items()}
+    return own | {f"optimizer.{i}.{key}": p for i, p in enumerate(parameters) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def load_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
@@ -132,16 +184,26 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> No
             raise UserError(
                 f"{source} was made with another model shape (tensor {name}): use its settings, or FORCE=1 to retrain"
             )
-    model.load_state_dict(weights)
+    model.load_state_dict({name: _as_own(x, own[name]) for name, x in weights.items()})
+
+
+def _as_own(x: Tensor, own: Tensor) -> Tensor:
+    if type(own) in (Tensor, nn.Parameter):
+        return x
+    from lshv2.parallel.saving import as_own
+
+    return as_own(x, own)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Optimizer moments and the RNG states as they were when the checkpoint was written."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, x in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = x
+            own = parameters[int(index)]
+            state.setdefault(int(index), {})[key] = _as_own(x, own) if x.shape == own.shape else x
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:

@@ -220,6 +220,16 @@ class BenchmarkConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """Processes that train together. No result depends on it but for rounding: another choice reruns no phase."""
+
+    nproc: PositiveInt = Field(1, description="processes, a GPU each where there are GPUs; NPROC=")
+    sequence: PositiveInt | None = Field(
+        None, description="processes that share each sequence, up to n_kv_heads; the others have sequences of their own"
+        "; None: as few as train.batch_size, which is the sequences of a step over all processes, allows"
+    )
+
+
 class TrackingConfig(Section):
     """Where the metrics are mirrored. No result depends on it: another choice reruns no phase."""
 
@@ -246,13 +256,21 @@ class Settings(Section):
 
     preset: Literal["quick", "full", "test"] = "full"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    nproc: PositiveInt = Field(1, description="processes that train together")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainingConfig = TrainingConfig()
     recall: RecallConfig = RecallConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    parallel: ParallelConfig = ParallelConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, values: Any) -> Any:
+        """Run folders made before there was a section `parallel` have their `nproc` beside the sections."""
+        if isinstance(values, dict) and "nproc" in values and "parallel" not in values:
+            return {**{k: v for k, v in values.items() if k != "nproc"}, "parallel": {"nproc": values["nproc"]}}
+        return values
 
     @property
     def recall_model(self) -> ModelConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lshv2.losses import IGNORE
 from lshv2.model import LSHModel
+from lshv2.parallel.ranks import ALONE, Ranks
 
 Batch = tuple[Tensor, Tensor]  # input_ids [B,T], labels [B,T]
 
@@ -38,9 +39,11 @@ def evaluate(
     autocast: Callable[[], Any],
     token_bytes: Tensor | None = None,
     on_batch: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Loss and accuracy of `model` in `eval()` (left in the mode it was found in).
 
+    Several `ranks` each bring batches of their own, any number of them, and get the figures of all; each must call it.
     token_bytes [V]: bytes that each token stands for; with it bits per byte = Σ nats / ln 2 / Σ bytes of scored tokens.
     """
     was_training = model.training
@@ -65,9 +68,11 @@ def evaluate(
             n_bytes += token_bytes.to(device)[targets].double().sum().item()
         on_batch()
     model.train(was_training)
+    nats, hits, n_bytes, *counts = ranks.total([nats, hits, n_bytes, scored, *halted.tolist()])
+    scored, *halted_at = map(int, counts)
     per_byte = nats / math.log(2) / n_bytes if n_bytes else None
-    seen, steps = int(halted.sum()), sum(n * count for n, count in enumerate(halted.tolist(), 1))
-    shares = tuple(count / max(seen, 1) for count in halted.tolist())
+    seen, steps = sum(halted_at), sum(n * count for n, count in enumerate(halted_at, 1))
+    shares = tuple(count / max(seen, 1) for count in halted_at)
     return Evaluation(nats / max(scored, 1), hits / max(scored, 1), steps / max(seen, 1), scored, shares, per_byte)
 
 

@@ -23,6 +23,7 @@ from lshv2.hashing import (
     cross_polytope_tables,
     update_codebooks,
 )
+from lshv2.parallel.share import Share
 from lshv2.profiling import region
 
 CODEBOOK_TOKENS = 2048  # at most this many tokens of a batch move the codebooks each step: enough for a mean direction
@@ -50,6 +51,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
+        self.share: Share | None = None  # of several processes that train together
         d, dim = config.d_model, config.head_dim
         self.query = skip_init(nn.Linear, d, config.n_heads * dim, bias=False)
         self.key = skip_init(nn.Linear, d, config.n_kv_heads * dim, bias=False)
@@ -84,6 +86,12 @@ class Attention(nn.Module):
     def sums(self) -> list[Tensor]:
         return [self.get_buffer(f"sum{i}") for i in range(self.n_tables)]
 
+    @property
+    def notes(self) -> list[Tensor]:
+        """What the last forwards noted for `update_hash`."""
+        rest = ["key_sum", "key_count"] if self.n_tables and self.config.hashing == "inverted_file" else []
+        return [*self.sums, *(self.get_buffer(name) for name in rest)]
+
     def project(
         self, x: Tensor, before: Tensor | None = None, asking: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +100,8 @@ class Attention(nn.Module):
         before [B,T,d]: the token before each; None: x are the first T tokens. asking: only so many have queries.
         """
         dim = self.config.head_dim
+        if before is None and self.share and self.training:
+            before = self.share.before(x)
         before = pad(x, (0, 0, 1, 0))[:, :-1] if before is None else before
         shifted = x + self.shift.to(x.dtype) * before  # x_t + μ x_{t−1}: strictly causal
         q, k, v = (
@@ -131,10 +141,12 @@ class Attention(nn.Module):
         return q_ids, k_ids
 
     def _note(self, x: Tensor, ids: Tensor) -> None:
-        """Add what each centroid caught of x [B,heads,T,D], of a part of the tokens."""
+        """Add what each centroid caught of x [B,heads,T,D], of a part of the tokens: as if one process had them all."""
+        world = self.share.world if self.share else 1
         # odd, so that it cannot fall in step with text laid out in pairs and miss every second position
-        stride = x.shape[0] * x.shape[2] // CODEBOOK_TOKENS | 1
-        caught = codebook_sums(x.detach()[:, :, ::stride], ids[..., ::stride], self.tables)
+        stride = x.shape[0] * x.shape[2] * world // CODEBOOK_TOKENS | 1
+        part = self.share.every(stride, x.shape[2]) if self.share else slice(None, None, stride)
+        caught = codebook_sums(x.detach()[:, :, part], ids[..., part], self.tables)
         for total, more in zip(self.sums, caught, strict=True):
             total += more
 
@@ -172,7 +184,16 @@ class Attention(nn.Module):
         return q, rotate(k, cos, sin), v, q_ids, k_ids
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
-        """All tokens of a sequence at once: what `prepare` gives -> [B,H,T,D]."""
+        """All tokens of a sequence, or this process's, at once: what `prepare` gives -> [B,H,T,D]."""
+        if self.share is None or not self.training:
+            return self._operator(q, k, v, q_ids, k_ids)
+        with region("exchange"):
+            traded = self.share.by_heads(q, k, v, q_ids, k_ids)
+        out = self._operator(*traded)
+        with region("exchange"):
+            return self.share.by_tokens(out)
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
         config = self.config
         if config.attention == "dense":
             with region("dense_attn"):

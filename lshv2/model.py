@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
@@ -33,8 +34,9 @@ from lshv2.decoding import Cache
 from lshv2.errors import UserError
 from lshv2.generation import GraphedStep, Prompts, Step, as_batch, check_sampling, tokens
 from lshv2.halting import answer
-from lshv2.layers import Block, rotary_angles
+from lshv2.layers import Attention, Block, rotary_angles
 from lshv2.losses import IGNORE, token_cross_entropy
+from lshv2.parallel.share import Share
 from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
 from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
@@ -50,7 +52,7 @@ class LMOutput:
     """What a forward gives: `hidden` [B,T,d] that answers, `ponder_steps` [B,T], and with labels `loss` (scalar).
 
     `cross_entropy` [B,T] are the nats of predicting labels[t] at t − 1 from the answering state (zero where unscored):
-    sum it for bits per byte. It is None while training with Ponder, where N states answer.
+    sum it for bits per byte. It is None while training with Ponder, where N states answer, or with a `Share`.
     """
 
     hidden: Tensor
@@ -76,6 +78,7 @@ class LSHModel(nn.Module):
         # the trainer's choices, not properties of the weights
         self.gradient_checkpoint: Recompute = False
         self.parts: list[tuple[Part, Part]] = []  # of each block, compiled
+        self.share: Share | None = None
         table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
         self.blocks = nn.ModuleList(Block(config, hashes) for _ in range(config.weight_tied_layers))
@@ -141,8 +144,9 @@ class LSHModel(nn.Module):
     ) -> LMOutput:
         """input_ids int64 [B,T]; labels int64 [B,T]: labels[t] is predicted at t − 1, -100 is not scored.
 
-        draw: outside training, halting is sampled with it instead of taking `ponder_threshold`. Raises ValueError when
-        T is above `max_seq_len`, and UserError on `draw` where nothing halts.
+        draw: outside training, halting is sampled with it instead of taking `ponder_threshold`. With a `Share`, while
+        training, T are all tokens, of which this process computes its part; the loss is the mean of all processes'.
+        Raises ValueError when T is above `max_seq_len`, and UserError on `draw` where nothing halts.
         """
         config = self.config
         if draw is not None and (self.training or not config.use_ponder):
@@ -151,16 +155,27 @@ class LSHModel(nn.Module):
         if length > config.max_seq_len:
             raise ValueError(f"{length} tokens are more than max_seq_len={config.max_seq_len}")
         angles = rotary_angles(length, config, input_ids.device)
+        targets = None if labels is None else pad(labels[:, 1:], (0, 1), value=IGNORE)  # what each token is to say
+        share = self.share if self.training else None
+        if share:
+            angles = (share.cut(angles[0], 0), share.cut(angles[1], 0))
+            input_ids, targets = share.cut(input_ids, 1), None if targets is None else share.cut(targets, 1)
         x = self.embedding(input_ids)
         if self.training and config.use_ponder:
-            return self._train_ponder(x, angles, labels)
+            return self._train_ponder(x, angles, targets)
         x, steps = self._answer(x, angles, draw=draw)
         out = LMOutput(self.norm(x), self.head.weight, steps)
-        if labels is not None:
+        if targets is not None:
             with region("head_loss"):
-                out.cross_entropy = self._token_loss(out.hidden, labels)
-                out.loss = out.cross_entropy.sum() / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
+                nats = self._token_loss(out.hidden, targets)
+                out.loss = nats.sum() / self._scored(targets)
+            out.cross_entropy = None if share else pad(nats[:, :-1], (1, 0))
         return out
+
+    def _scored(self, targets: Tensor) -> Tensor:
+        """What a sum of losses is divided by: the number of tokens that are scored."""
+        count = (targets != IGNORE).sum()
+        return self.share.mean_count(count) if self.share and self.training else count.clamp_min(1)
 
     def _answer(
         self, x: Tensor, angles: Angles, cache: Cache | None = None, draw: torch.Generator | None = None
@@ -179,31 +194,28 @@ class LSHModel(nn.Module):
         """[.., d] -> float32 logits of λ [..]."""
         return self.halt(self.norm(x)).squeeze(-1).float()
 
-    def _train_ponder(self, x: Tensor, angles: Angles, labels: Tensor | None) -> LMOutput:
+    def _train_ponder(self, x: Tensor, angles: Angles, targets: Tensor | None) -> LMOutput:
         states, halts, losses = [], [], []
         for n in range(self.config.n_ponder_steps):
             x = self.step_of_all(x, n, angles)
             state = self.norm(x)
             states.append(state)
             halts.append(self.halt(state).squeeze(-1).float())
-            if labels is not None:
+            if targets is not None:
                 with region("head_loss"):
-                    losses.append(self._token_loss(state, labels))
+                    losses.append(self._token_loss(state, targets))
         log_p = halting_log_probs(torch.stack(halts))
         out = LMOutput(states[-1], self.head.weight, expected_steps(log_p.detach()))
-        if labels is not None:
-            # token t − 1 answers for label t: its own halting distribution weighs that loss
-            aligned = torch.cat([log_p[..., :1], log_p[..., :-1]], dim=-1)
-            scored = torch.cat([torch.zeros_like(labels[:, :1], dtype=torch.bool), labels[:, 1:] != IGNORE], dim=1)
+        if targets is not None:
             out.loss = ponder_loss(
-                torch.stack(losses), aligned, scored, prior=self.config.ponder_prior, beta=self.config.ponder_beta
+                torch.stack(losses), log_p, targets != IGNORE, prior=self.config.ponder_prior,
+                beta=self.config.ponder_beta, count=self._scored(targets),
             )
         return out
 
-    def _token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """[B,T,d], labels [B,T] -> nats [B,T]; position 0 is never predicted."""
-        flat = token_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten())
-        return torch.nn.functional.pad(flat.view(labels.shape[0], -1), (1, 0))
+    def _token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[B,T,d], targets [B,T] -> nats [B,T] of each token's saying its target; zero where there is none."""
+        return token_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Sequence[int], *, capacity: int) -> tuple[Tensor, Cache]:
@@ -252,10 +264,23 @@ class LSHModel(nn.Module):
         """The new tokens int64 [B,n], n <= max_new_tokens; prompt_ids and `how`: see `stream`."""
         return torch.stack(list(self.stream(prompt_ids, max_new_tokens, **how)), dim=1)
 
+    def take_share(self, share: Share) -> None:
+        """From here on a forward in training computes this process's part of the tokens; before `compile_blocks`."""
+        self.share = share
+        for attention in self._attentions:
+            attention.share = share
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def update_hash(self) -> None:
         """Let the hash codebooks follow the last training step's queries and keys; after the optimizer step."""
-        for block in self.blocks:
-            block.attention.update_hash()  # type: ignore[union-attr,operator]
+        notes = [note for attention in self._attentions for note in attention.notes]
+        if self.share and notes:
+            self.share.add_up(notes)
+        for attention in self._attentions:
+            attention.update_hash()
 
     def count_parameters(self) -> int:
         """Distinct trainable parameters: a tied block counts once."""

@@ -89,7 +89,6 @@ def make_settings(
     overrides: list[str] | tuple[str, ...] | dict[str, Any] = (),
     *,
     seed: int = 0,
-    nproc: int = 1,
     data: str | None = None,
 ) -> Settings:
     """Build the settings of a run, or raise `UserError` with one line.
@@ -114,7 +113,7 @@ def make_settings(
         values["data"]["source"] = data
     if "train.model_size" in given:
         _resize(values, given)
-    return validate({"preset": preset, "seed": seed, "nproc": nproc, **values})
+    return validate({"preset": preset, "seed": seed, **values})
 
 
 def validate(values: dict[str, Any]) -> Settings:

@@ -21,7 +21,7 @@ PERIOD = 0.25  # seconds between writes
 
 
 class Progress:
-    """A bar with a total, a rate, an ETA and named figures. Not thread-safe: one writer a run."""
+    """A bar with a total, a rate, an ETA and named figures; without a run nothing is shown. One writer a run."""
 
     def __init__(self, run: Run | None, phase: str, label: str, total: int, unit: str = "it", start: int = 0) -> None:
         self.path: Path | None = run.progress if run else None
@@ -32,7 +32,7 @@ class Progress:
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
-        if not os.environ.get(RUNNER_ENV):
+        if self.path and not os.environ.get(RUNNER_ENV):
             from tqdm.auto import tqdm
 
             self.bar = tqdm(total=self.total, initial=self.start, desc=self.label, unit=self.unit,

@@ -96,14 +96,13 @@ def open_run(
     preset: str = "quick",
     overrides: list[str] | tuple[str, ...] | dict[str, Any] = (),
     seed: int = 0,
-    nproc: int = 1,
     data: str | None = None,
 ) -> Run:
     """Create or reopen a run folder with these settings and write its `config.json`.
 
     run_dir: a path, or a plain name below `runs/`. Raises `UserError` on bad settings, before anything is written.
     """
-    settings = make_settings(preset, overrides, seed=seed, nproc=nproc, data=data)
+    settings = make_settings(preset, overrides, seed=seed, data=data)
     path = Path(run_dir)
     if not path.is_absolute():
         path = runs_root() / (check_run_name(str(run_dir)) if os.sep not in str(run_dir) else path)
@@ -232,3 +231,10 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file; of a folder, that of its files' names and sha256."""
+    if path.is_file():
+        return sha256(path)
+    return hashlib.sha256("".join(f"{p.name} {sha256(p)}\n" for p in sorted(path.iterdir())).encode()).hexdigest()

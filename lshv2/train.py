@@ -4,15 +4,21 @@
     sample_text(run)    # what the trained model writes
 
     python -m lshv2.train --config runs/<run>/config.json    # the same without notebooks and markers
+    torchrun --nproc_per_node=N -m lshv2.train --config runs/<run>/config.json    # on N GPUs, or N processes
+
+`parallel.nproc` above 1 (NPROC=) starts torchrun by itself, on this machine. Several machines, and restarts after one
+is lost, are torchrun's: --nnodes, --rdzv-endpoint, --max-restarts, with the run folder on a disk that all share.
 
 The command's exit status: 0 done, 2 a mistake that the person can mend, 128 + signal (SIGTERM 143, SIGINT 130) when
-it stopped after a checkpoint; the last two say one line on standard error.
+it stopped after a checkpoint; the last two say one line on standard error. torchrun makes 1 of them all.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,18 +41,23 @@ from lshv2.data.tokenizer import decode
 from lshv2.errors import UserError
 from lshv2.metrics import write_training_metrics
 from lshv2.model import LSHModel
-from lshv2.runs import SCHEMA, Run, hold, load_run, write_json
+from lshv2.parallel.launch import run_torchrun, tell_outcome, told_to, under_torchrun
+from lshv2.parallel.layout import WHOLE, Layout, language_layout, recall_layout
+from lshv2.parallel.ranks import ALONE, Ranks, join
+from lshv2.runs import SCHEMA, Run, hold, load_run, read_json, write_json
 from lshv2.stopping import Stopped
 from lshv2.trainer import Trainer, pick_device
 
 LANGUAGE_MODEL, RECALL = "language_model", "recall"
 
 
-def language_task(run: Run) -> Task:
-    """The language model's task, as the run's settings say."""
+def language_task(run: Run, layout: Layout = WHOLE, ranks: Ranks = ALONE) -> Task:
+    """The language model's task, as the run's settings say; of a stream, this process's share."""
     train = run.settings.train
+    place = ranks.rank // layout.sequence
     return Task(
-        LANGUAGE_MODEL, language_stream(run) if run.settings.data.stream else language_dataset(run, "train"),
+        LANGUAGE_MODEL,
+        language_stream(run, place, layout.data) if run.settings.data.stream else language_dataset(run, "train"),
         language_dataset(run, "eval"), train.batch_size,
         train.num_epochs, train.learning_rate, train.eval_every, torch.from_numpy(load_token_bytes(run)),
         profile=train.profile_components, gradient_checkpoint=train.gradient_checkpoint,
@@ -64,29 +75,50 @@ def recall_task(run: Run) -> Task:
 
 
 def train_run(run: Run) -> dict[str, Any]:
-    """Train both tasks from where they stand; returns the content of `training_metrics.json`."""
+    """Train both tasks from where they stand; returns the content of `training_metrics.json`.
+
+    With `parallel.nproc` above 1, in processes of its own. Raises `Stopped` after a signal and its checkpoint.
+    """
+    if run.settings.parallel.nproc == 1:
+        return train_together(run, ALONE)
+    outcome = run_torchrun("lshv2.train", ["--config", str(run.config)], run.settings.parallel.nproc)
+    if outcome.get("signal"):
+        raise Stopped(outcome["line"], outcome["signal"])
+    if outcome.get("line"):
+        raise UserError(outcome["line"])
+    return read_json(run.file("training_metrics.json"))[0]
+
+
+def train_together(run: Run, ranks: Ranks) -> dict[str, Any]:
+    """`train_run` in each of the processes that train together; only the first writes results."""
     settings = run.settings
+    layouts = [layout(settings, ranks.world) for layout in (language_layout, recall_layout)]
+    if ranks.first:
+        ensure(run)
+    ranks.wait()
     data = ensure(run)
-    device = pick_device()
-    language = Trainer(run, language_task(run), LSHModel(settings.model, settings.seed))
+    language = Trainer(
+        run, language_task(run, layouts[0], ranks), LSHModel(settings.model, settings.seed), ranks, layouts[0]
+    )
     scalars = {
-        "device": _device_name(device), "parameters": language.model.count_parameters(),
+        "device": _device_name(ranks.device), "parameters": language.parameters, "processes": ranks.world,
         "threads": torch.get_num_threads(), "order2_bits_per_byte": data["order2_bits_per_byte"],
     }
     _enable_trackers(language)
     language.fit()
     scalars["seconds"] = language.seconds
-    if settings.train.profile_components:
+    if settings.train.profile_components and ranks.first:
         write_profile(run, language)
-    write_training_metrics(run, "running", scalars, {})
-    probe = Trainer(run, recall_task(run), LSHModel(settings.recall_model, settings.seed))
+    if ranks.first:
+        write_training_metrics(run, "running", scalars, {})
+    probe = Trainer(run, recall_task(run), LSHModel(settings.recall_model, settings.seed), ranks, layouts[1])
     _enable_trackers(probe)
     probe.fit()
     recall = {
-        "parameters": probe.model.count_parameters(), "seconds": probe.seconds,
+        "parameters": probe.parameters, "seconds": probe.seconds,
         "chance": chance("recall", settings.recall.vocab_size),
     }
-    return write_training_metrics(run, "done", scalars, recall)
+    return write_training_metrics(run, "done", scalars, recall) if ranks.first else {}
 
 
 def _enable_trackers(trainer: Trainer) -> None:
@@ -142,23 +174,33 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Train the run folder of a `config.json`; the exit status."""
+    """Train the run folder of a `config.json`, with torchrun's other processes if there are any; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lshv2.train", description="Train a run folder, or go on with it.")
     parser.add_argument("--config", required=True, help="the config.json of a run folder")
     path = Path(parser.parse_args(arguments).config)
+    first = os.environ.get("RANK", "0") == "0"
     try:
         if path.name != "config.json":
             raise UserError(f"--config {path}: not a config.json of a run folder, such as runs/quick/config.json")
         run = load_run(path.parent)
-        with hold(run.path, "python -m lshv2.train"):
-            train_run(run)
+        # one writer a run folder: the first process, unless whoever started torchrun is it
+        with hold(run.path, "python -m lshv2.train") if first and not told_to() else nullcontext(), join() as ranks:
+            if under_torchrun():
+                train_together(run, ranks)
+            else:
+                train_run(run)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _end(2, str(error), 0, first)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.number
+        return _end(128 + stopped.number, str(stopped), stopped.number, first)
     return 0
+
+
+def _end(status: int, line: str, signalled: int, first: bool) -> int:
+    if first:
+        print(line, file=sys.stderr)
+        tell_outcome(line, signalled)
+    return status
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ A killed run goes on with exactly the batches that it would have read (`lshv2.ba
 the checkpoint are superseded by a `resume` line, never rewritten. SIGTERM and SIGINT are obeyed at the end of the step,
 after a checkpoint, by raising `Stopped`.
 
-Not here: several processes.
+Of several processes (`lshv2.parallel`) each runs this loop on its share of every batch; all agree on figures and stops,
+and the first alone writes metrics, progress and trackers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -28,6 +30,10 @@ from lshv2.data import TokenStream
 from lshv2.evaluation import Batch, Evaluation, evaluate
 from lshv2.model import LSHModel
 from lshv2.optimizer import make_optimizer, scheduled
+from lshv2.parallel.layout import WHOLE, Layout
+from lshv2.parallel.ranks import ALONE, Ranks
+from lshv2.parallel.sharding import Sharded
+from lshv2.parallel.share import Share
 from lshv2.profiling import Profiler, region
 from lshv2.progress import Progress
 from lshv2.runs import Run, append_jsonl, read_jsonl
@@ -39,8 +45,8 @@ WARM_STEPS = 3  # not profiled: allocators and caches fill
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one, else the CPU: the one place that asks."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one, else the CPU."""
+    return ALONE.device
 
 
 @dataclass
@@ -57,14 +63,21 @@ class _Window:
 class Trainer:
     """Trains `model` on `task`, writing metrics, checkpoints and component timings into the run folder."""
 
-    def __init__(self, run: Run, task: Task, model: LSHModel) -> None:
-        self.run, self.task = run, task
+    def __init__(
+        self, run: Run, task: Task, model: LSHModel, ranks: Ranks = ALONE, layout: Layout = WHOLE
+    ) -> None:
+        self.run, self.task, self.ranks = run, task, ranks
         self.settings = run.settings.train
-        self.device = pick_device()
+        self.device = ranks.device
         self.model = model.to(self.device)
         self.model.gradient_checkpoint = task.gradient_checkpoint
+        self.share = Share.of(ranks, layout)
+        if ranks.world > 1:
+            self.model.take_share(self.share)
         if task.compile and self.device.type == "cuda":
             self.model.compile_blocks()
+        self.parameters = model.count_parameters()
+        self.sharded = Sharded(self.model, ranks)
         self.optimizer = make_optimizer(self.model, self.settings, task.learning_rate)
         self.total_steps = task.steps_per_epoch * task.epochs
         self.step = self.tokens = 0
@@ -112,8 +125,10 @@ class Trainer:
         label = self.task.name.replace("_", " ")
         with (
             StopRequest() as self.stop,
-            Progress(self.run, "03_train", label, self.total_steps, "step", start=self.step) as bar,
-            self.tracking.session(),
+            Progress(
+                self.run if self.ranks.first else None, "03_train", label, self.total_steps, "step", start=self.step
+            ) as bar,
+            self.tracking.session() if self.ranks.first else contextlib.nullcontext(),
             contextlib.closing(self._batches()) as batches,  # ends the workers at once, whatever ends the loop
         ):
             last = None if self.evaluated else self._settle()
@@ -122,7 +137,7 @@ class Trainer:
                 loss, ponder, self.norm = self._train_step(input_ids, labels)
                 window = self.window
                 window.loss, window.ponder = window.loss + loss, window.ponder + ponder
-                window.steps, window.tokens = window.steps + 1, window.tokens + input_ids.numel()
+                window.steps, window.tokens = window.steps + 1, window.tokens + labels.numel() * self.share.layout.data
                 if self._due(self.settings.log_every):
                     self._log(bar)
                 bar.update(1)
@@ -138,13 +153,14 @@ class Trainer:
         paused = time.perf_counter()
         result = None if self.evaluated else self._evaluate()
         self.evaluated = self.evaluated or result is not None
-        stopping = self.stop.number
+        number = int(self.ranks.most(self.stop.number or 0))
+        stopping = signal.Signals(number) if number else None
         if stopping or (self.step and (self._is_best(result) or self._due(self.settings.checkpoint_every)
                                        or self._due(self.settings.keep_every))):
             self._save(paused, result.loss if result else None)
         if stopping:
             line = f"{self.task.name}: stopped at step {self.step} on {stopping.name}: run the same command again"
-            print(line, flush=True)
+            self._say(line)
             raise Stopped(line, stopping)
         self.window.began += time.perf_counter() - paused  # neither is training time
         return result
@@ -152,14 +168,14 @@ class Trainer:
     def _is_best(self, result: Evaluation | None) -> bool:
         if result is None:
             return False
-        before = checkpoint.lowest(checkpoint.listed_checkpoints(self.folder))
+        before = checkpoint.lowest(checkpoint.listed_checkpoints(self.folder))  # written by the first, who waits
         return before is None or result.loss < before["loss_eval"]
 
     def _batches(self) -> Generator[Batch, None, None]:
         """From the current step to the end."""
         return training_batches(
             self.task, self.step, seed=self.run.settings.seed, num_workers=self.settings.num_workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", rows=self.share.rows(self.task.batch_size),
         )
 
     def _train_step(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,11 +184,11 @@ class Trainer:
         began = time.perf_counter()
         with profiler:
             with region("forward_other"), self.autocast():
-                out = self.model(input_ids.to(self.device), labels=labels.to(self.device))
+                loss, steps = self.sharded(input_ids.to(self.device), labels.to(self.device))
             with region("backward_other"):
-                out.loss.backward()
+                loss.backward()
             with region("optimizer"):
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+                norm = self.sharded.clip(self.settings.grad_clip)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(self.step)
                 self.optimizer.step()
@@ -184,8 +200,8 @@ class Trainer:
             elapsed = (time.perf_counter() - began) * 1e3
             self.profiles.append({"step": elapsed, **profiler.milliseconds()})
         self.step += 1
-        self.tokens += input_ids.numel()
-        return out.loss.detach(), out.ponder_steps.mean(), norm
+        self.tokens += input_ids.numel() * self.share.layout.data
+        return loss.detach(), steps, norm
 
     def _profiles_now(self) -> bool:
         every = max(1, self.total_steps // (2 * PROFILED_STEPS))
@@ -194,8 +210,8 @@ class Trainer:
         )
 
     def _log(self, bar: Progress) -> None:
-        window, norm = self.window, float(self.norm)
-        loss, ponder = float(window.loss) / window.steps, float(window.ponder) / window.steps  # synchronises
+        window, norm = self.window, float(self.norm)  # synchronises
+        loss, ponder = (x / window.steps for x in self._means(window))
         self._check_finite(loss, norm)
         elapsed = time.perf_counter() - window.began
         self.seconds += elapsed
@@ -207,6 +223,14 @@ class Trainer:
         bar.update(0, loss=round(loss, 4), tokens_per_sec=round(rate))
         self.window = _Window()
 
+    def _means(self, window: _Window) -> list[float]:
+        """The window's loss and steps, over all processes."""
+        return [x / self.ranks.world for x in self.ranks.total([float(window.loss), float(window.ponder)])]
+
+    def _say(self, line: str) -> None:
+        if self.ranks.first:
+            print(line, flush=True)
+
     def _check_finite(self, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
@@ -217,7 +241,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         """The held-out loss, written down; None, and nothing written, when a signal came before its end."""
         result = self._held_out()
-        if self.stop.requested:
+        if self.ranks.most(self.stop.requested):
             return None
         self._check_finite(result.loss, 0.0)
         figures: dict[str, Any] = {
@@ -232,46 +256,63 @@ class Trainer:
 
     def _held_out(self) -> Evaluation:
         """The held-out sequences' figures; of a part of them when a signal came."""
-        batches = evaluation_batches(self.task, lambda: self.stop.requested)
-        return evaluate(self.model, batches, self.autocast, self.task.token_bytes)
+        batches = evaluation_batches(self.task, lambda: self.stop.requested, self.ranks)
+        with self.sharded.whole():
+            return evaluate(self.model, batches, self.autocast, self.task.token_bytes, ranks=self.ranks)
 
     def _write(self, event: str, **figures: Any) -> None:
+        if not self.ranks.first:
+            return
         record = {"task": self.task.name, "event": event, "step": self.step, "time": time.time(), **figures}
         append_jsonl(self.run.metrics, record)
         self.tracking.log(record)
 
     def _save(self, now: float, loss_eval: float | None) -> None:
         window = self.window
-        self._check_finite(float(window.loss), float(self.norm))
+        loss, ponder = self._means(window)
+        self._check_finite(loss, float(self.norm))
         state = {
             "task": self.task.name, "tokens": self.tokens, "seconds": self.seconds, "profiles": self.profiles,
             "evaluated": self.evaluated,
-            "stream": self.task.train.state() if isinstance(self.task.train, TokenStream) else None,
-            "window": [float(window.loss), float(window.ponder), window.steps, window.tokens, now - window.began],
+            "stream": self._stream_state(),
+            "window": [loss, ponder, window.steps, window.tokens, now - window.began],
         }
         checkpoint.save_checkpoint(
             self.folder, self.step, self.model, self.optimizer, state, self.settings.keep_checkpoints,
             every=self.settings.keep_every, loss_eval=loss_eval, suffix="" if self.evaluated else "_unevaluated",
+            ranks=self.ranks,
         )
+
+    def _stream_state(self) -> Any:
+        """Where the stream stands; with several processes a list, by the processes' place along "data"."""
+        if not isinstance(self.task.train, TokenStream):
+            return None
+        states = self.ranks.gathered(self.task.train.state())
+        return states[0] if self.ranks.world == 1 else states[:: self.share.layout.sequence]
+
+    def _restore_stream(self, state: Any) -> None:
+        if isinstance(self.task.train, TokenStream):
+            self.task.train.restore(state[self.share.data % len(state)] if isinstance(state, list) else state)
 
     def _resume(self) -> None:
         path, notes = checkpoint.find_checkpoint(self.folder)
         for note in notes:
-            print(note)
+            self._say(note)
         if path is None:
             if any(record.get("task") == self.task.name for record in read_jsonl(self.run.metrics)[0]):
                 self._write("restart")  # stopped before its first checkpoint: those lines are computed again
             return
-        checkpoint.forget_newer(self.folder, path)
-        tensors, state = checkpoint.read_checkpoint(path)
+        self.ranks.wait()  # all have chosen
+        if self.ranks.first:
+            checkpoint.forget_newer(self.folder, path)
+        tensors, state = checkpoint.read_checkpoint(path, checkpoint.owners(self.model, self.optimizer))
         checkpoint.load_model(self.model, tensors, path)
         checkpoint.load_optimizer(self.optimizer, tensors)
-        if isinstance(self.task.train, TokenStream):
-            self.task.train.restore(state.get("stream"))
+        self._restore_stream(state.get("stream"))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.profiles, self.evaluated = state["profiles"], state.get("evaluated", True)
         loss, ponder, steps, tokens, elapsed = state["window"]
         self.window = _Window(loss, ponder, steps, tokens, time.perf_counter() - elapsed)
-        print(f"{self.task.name}: resuming from {path.name}, step {self.step} of {self.total_steps}")
+        self._say(f"{self.task.name}: resuming from {path.name}, step {self.step} of {self.total_steps}")
         if self.step < self.total_steps:
             self._write("resume")

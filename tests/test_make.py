@@ -48,7 +48,7 @@ MISTAKES = {
     "bad run name": (["quick", "RUN=../elsewhere"], "is not a run name"),
     "bad seed": (["quick", "SEED=one"], "SEED='one'"),
     "bad flag": (["quick", "FORCE=yes"], "FORCE='yes'"),
-    "several processes": (["quick", "NPROC=2"], "NPROC=2"),
+    "several processes": (["quick", "NPROC=3"], "n_kv_heads=2 is not a multiple of 3"),
     "missing data": (["quick", "DATA=/no such folder"], "DATA=/no such folder does not exist"),
     "unknown command": (["fast"], "unknown command fast; allowed: quick, full"),
     "unknown argument": (["quick", "--force"], "unknown argument '--force'; allowed: RUN="),

@@ -147,12 +147,6 @@ def test_one_runner_a_run_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_several_processes_are_refused_for_now(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="NPROC=2"):
-        pipeline(tmp_path, WRITE_A, nproc=2).run()
-    assert not (tmp_path / "run").exists()
-
-
 def test_code_behind_follows_imports_strings_and_packages(tmp_path: Path) -> None:
     cells = ["%matplotlib inline\nfrom lshv2.runs import open_run", "worker = ['-m', 'lshv2.estimate']"]
     write_notebook(tmp_path / "n.ipynb", *cells)

@@ -16,7 +16,7 @@ ponder steps, or 1); visible: keys a query sees, mean over positions: (T + 1)/2 
 window + n_global + R·W. Recomputation, hashing and elementwise work count as nothing. Peak: dense bf16 as the maker
 states it, for the GPUs in `PEAKS`; others have no MFU. `over_dense`: tokens/s over those of the dense twin with equal
 settings, where it was measured.
-Not here: several GPUs, evaluation, data.
+Not here: evaluation, data; several GPUs are in `lshv2.benchmark.parallel`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from lshv2.config import ModelConfig, Settings
 from lshv2.evaluation import Batch
 from lshv2.machine import environment
 from lshv2.model import LSHModel
+from lshv2.parallel.layout import WHOLE, Layout
+from lshv2.parallel.ranks import ALONE, Ranks
 from lshv2.presets import PRESETS, make_settings
 from lshv2.runs import Run, read_json, write_json
 from lshv2.trainer import Trainer, pick_device
@@ -94,14 +96,14 @@ class _Length(torch.utils.data.Dataset[Batch]):
         return self.count
 
 
-def make_trainer(folder: Path, settings: Settings) -> Trainer:
+def make_trainer(folder: Path, settings: Settings, ranks: Ranks = ALONE, layout: Layout = WHOLE) -> Trainer:
     train = settings.train
     task = Task(
         "benchmark", _Length(1_000 * train.batch_size), _Length(0), train.batch_size, 1, train.learning_rate, 1_000,
         gradient_checkpoint=train.gradient_checkpoint, compile=train.compile,
     )
     model = LSHModel(settings.model, settings.seed)
-    trainer = Trainer(Run(folder, settings), task, model)
+    trainer = Trainer(Run(folder, settings), task, model, ranks, layout)
     model.train()
     return trainer
 

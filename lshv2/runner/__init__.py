@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.config import Settings
-from lshv2.errors import UserError
+from lshv2.parallel.layout import check_parallel
 from lshv2.presets import make_settings
 from lshv2.runner.markers import Inputs, begin, complete, describe_inputs, reason_to_run
 from lshv2.runner.phases import PHASE_TABLE, Phase
@@ -45,7 +45,6 @@ class Pipeline:
     preset: str = "quick"
     overrides: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    nproc: int = 1
     data: str | None = None
     force: bool = False
     chosen: tuple[str, ...] = PHASES
@@ -67,7 +66,7 @@ class Pipeline:
             self.before_work(settings, due)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with hold(self.run_dir, self.resume):
-            run = open_run(self.run_dir, **self._parameters(), nproc=self.nproc)
+            run = open_run(self.run_dir, **self._parameters())
             for leftover in run.path.glob("notebooks/.*"):  # of a killed runner
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if self.force:
@@ -80,9 +79,8 @@ class Pipeline:
         return [phase for phase in self.table if phase.name in self.chosen]
 
     def _settings(self) -> Settings:
-        settings = make_settings(self.preset, self.overrides, seed=self.seed, nproc=self.nproc, data=self.data)
-        if settings.nproc > 1:
-            raise UserError(f"NPROC={settings.nproc}: training on several processes is not there yet; leave NPROC at 1")
+        settings = make_settings(self.preset, self.overrides, seed=self.seed, data=self.data)
+        check_parallel(settings)
         return settings
 
     def _parameters(self) -> dict[str, Any]:

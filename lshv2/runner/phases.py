@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lshv2.runs import Run, read_json, read_jsonl, sha256
+from lshv2.runs import Run, digest, read_json, read_jsonl, sha256
 
 
 def always(run: Run) -> bool:
@@ -70,7 +70,7 @@ PHASE_TABLE = (
     ),
     Phase(
         "03_train",
-        ("model", "train", "recall", "seed", "nproc"),
+        ("model", "train", "recall", "seed"),
         ("02_data",),
         (
             Artifact("training_metrics.json"),
@@ -79,8 +79,8 @@ PHASE_TABLE = (
             Artifact("checkpoints/language_model/last.json"),
             Artifact("checkpoints/recall/last.json"),
             # hundreds of megabytes in full: that they are there is asked at each rerun, their sha256 when they are read
-            Artifact("checkpoints/language_model/step_*.safetensors", hashed=False),
-            Artifact("checkpoints/recall/step_*.safetensors", hashed=False),
+            Artifact("checkpoints/language_model/**/*.safetensors", hashed=False),
+            Artifact("checkpoints/recall/**/*.safetensors", hashed=False),
         ),
         resumable=("checkpoints", "metrics.jsonl", "training_metrics.json"),
     ),
@@ -156,10 +156,10 @@ def _check_checkpoint(path: Path) -> str | None:
     if problem:
         return problem
     try:
-        name, digest = content["file"], content["sha256"]
+        name, expected = content["file"], content["sha256"]
     except (KeyError, TypeError):
         return f"does not name its file and sha256: {json.dumps(content)[:80]}"
     target = path.parent / name
-    if not target.is_file():
+    if not target.exists():
         return f"names {name}, which is missing"
-    return None if sha256(target) == digest else f"names {name}, whose sha256 is another"
+    return None if digest(target) == expected else f"names {name}, whose sha256 is another"
