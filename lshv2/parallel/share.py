@@ -114,4 +114,3 @@ class Share:
         dist.all_reduce(flat)
         for note, total in zip(notes, flat.split([note.numel() for note in notes]), strict=True):
             note.copy_(total.view_as(note))
-
