@@ -209,6 +209,15 @@ def test_what_was_passed_over_as_damaged_is_no_longer_listed(tmp_path: Path) -> 
     assert steps(tmp_path) == [1, 2, 4]
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Python's own SIGINT, also where a shell started the tests in its background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_handlers_stand_only_inside_and_a_late_signal_is_passed_on() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Stopped), StopRequest() as stop:
