@@ -55,7 +55,11 @@ class ModelConfig(Section):
     attention: Literal["lsh", "dense", "window"] = Field("lsh", description="dense and window are the twins")
     hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "inverted_file"
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
-    rotary_fraction: Fraction = Field(0.25, description="part of each head's dimensions that carries positions")
+    rotary_heads: Fraction = Field(
+        0.5, description="part of the key/value heads, with their queries, that carries positions, rounded up; the "
+        "others weigh by content alone"
+    )
+    rotary_fraction: Fraction = Field(1.0, description="part of such a head's dimensions that turns with the position")
     rotary_base: PositiveFloat = 10_000.0
     ponder_prior: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="λ_p of the geometric prior")
     ponder_beta: NonNegativeFloat = Field(
@@ -84,6 +88,11 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def n_content_kv_heads(self) -> int:
+        """Key/value heads without positions: the first ones."""
+        return self.n_kv_heads - math.ceil(self.n_kv_heads * self.rotary_heads)
 
     @property
     def n_ponder_steps(self) -> int:

@@ -166,6 +166,11 @@ class Attention(nn.Module):
             now.zero_()
             count.zero_()
 
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys [B,heads,T,D] with the positions that they are weighed by: the first heads carry none."""
+        plain = x.shape[1] * self.config.n_content_kv_heads // self.config.n_kv_heads
+        return torch.cat([x[:, :plain], rotate(x[:, plain:], cos, sin)], dim=1) if plain else rotate(x, cos, sin)
+
     def prepare(
         self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None = None, asking: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -179,9 +184,9 @@ class Attention(nn.Module):
             q_ids, k_ids = self.hash(q, k)
         else:
             q_ids, k_ids = (y.new_zeros(*y.shape[:2], 0, y.shape[2], dtype=torch.int32) for y in (q, k))
-        q = rotate(q, cos[..., :asking, :], sin[..., :asking, :])
+        q = self.turn(q, cos[..., :asking, :], sin[..., :asking, :])
         q = q * self.log_temperature.exp().to(q.dtype)[:, None, None]
-        return q, rotate(k, cos, sin), v, q_ids, k_ids
+        return q, self.turn(k, cos, sin), v, q_ids, k_ids
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
         """All tokens of a sequence, or this process's, at once: what `prepare` gives -> [B,H,T,D]."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lshv2.ablation.heads import CentredAttention, MixedAttention, TwoWayAttention, attentions, build_model
+from lshv2.ablation.heads import CentredAttention, TwoWayAttention, attentions, build_model
 from lshv2.ablation.job import run_job
 from lshv2.ablation.lookup import found, measure_layers, visible_rows
 from lshv2.ablation.material import prepare
@@ -61,11 +61,18 @@ def test_a_study_row_repeats_and_seeds_differ(data: Path) -> None:
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
+def test_a_job_states_what_its_variant_is_about(data: Path) -> None:
+    """Defaults of the product move; a variant that leaned on one would become another under the same name."""
+    for name in VARIANTS:
+        stated = job(name, "language-64").overrides()
+        assert {"model.hashing", "model.rotary_fraction", "model.rotary_heads", "model.n_rounds", "model.bucket_size",
+                "model.window", "model.n_heads", "model.n_kv_heads", "model.use_ponder"} <= set(stated), name
+
+
 def test_specials_do_what_they_say(data: Path) -> None:
     centred, = {type(one) for one in build("centred_half")}
-    mixed, = {(type(one), one.content_heads) for one in build("codebooks_mix_half")}  # type: ignore[attr-defined]
     ways, = {(type(one), one.far) for one in build("codebooks_two_way_content")}  # type: ignore[attr-defined]
-    assert (centred, mixed, ways) == (CentredAttention, (MixedAttention, 2), (TwoWayAttention, 0.0))
+    assert (centred, ways) == (CentredAttention, (TwoWayAttention, 0.0))
     unshifted = build("dense_no_shift")[0]
     assert not unshifted.shift.requires_grad and not unshifted.shift.any()
 
@@ -142,7 +149,7 @@ def test_two_way_logits_equal_the_definition(which: dict[str, Any], far: float) 
 
 @pytest.mark.parametrize("which", BOTH, ids=lambda which: which["model.attention"])
 def test_mixed_heads_equal_the_definition(which: dict[str, Any]) -> None:
-    attention, x, angles = example(Variant({**which, "model.rotary_fraction": 0.5}, "mix"))
+    attention, x, angles = example(Variant({**which, "model.rotary_fraction": 0.5, "model.rotary_heads": 0.5}))
     half, none = turner(attention, 0.5), turner(attention, 0.0)
 
     def by_head(h: int, y: Tensor) -> Tensor:

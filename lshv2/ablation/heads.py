@@ -13,7 +13,7 @@ from torch import Tensor
 from lshv2.ablation.variants import Variant
 from lshv2.attention.masked import interval_mask
 from lshv2.config import ModelConfig, Settings
-from lshv2.layers import Attention, rotary_angles, rotate
+from lshv2.layers import Attention, rotary_angles
 from lshv2.model import LSHModel
 from lshv2.precision import full_precision
 
@@ -44,25 +44,6 @@ class CentredAttention(Attention):
         super().update_hash()
         for name in ("query", "key"):
             self.get_buffer(f"{name}_mean").lerp_(self.get_buffer(f"{name}_now"), 1 - self.config.codebook_decay)
-
-
-class MixedAttention(Attention):
-    """The first `content_heads` heads carry no positions at all, the others as many as the settings say."""
-
-    content_heads = 0
-
-    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
-        super().__init__(config, generator)
-        if config.n_heads != config.n_kv_heads:
-            raise ValueError(f"heads are mixed one by one: n_heads={config.n_heads}, n_kv_heads={config.n_kv_heads}")
-
-    def angles(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, rotated / 2] -> [H, T, rotated / 2], the content-only heads turned by nothing."""
-        turned = (torch.arange(self.config.n_heads, device=cos.device) >= self.content_heads)[:, None, None]
-        return torch.where(turned, cos, 1.0), torch.where(turned, sin, 0.0)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return super().forward(x, *self.angles(cos, sin))
 
 
 class TwoWayAttention(Attention):
@@ -98,8 +79,8 @@ class TwoWayAttention(Attention):
 def _products(attention: Attention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
     """Scaled q·k of rotated vectors in float32, as SDPA accumulates them: [B,H,n,T]."""
     config = attention.config
-    q = (rotate(q, cos, sin) * attention.log_temperature.exp().to(q.dtype)[:, None, None])[:, :, at]
-    k = rotate(k, cos, sin).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
+    q = (attention.turn(q, cos, sin) * attention.log_temperature.exp().to(q.dtype)[:, None, None])[:, :, at]
+    k = attention.turn(k, cos, sin).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
     with full_precision(q):
         return (q.float() @ k.float().transpose(-1, -2)) * config.head_dim**-0.5
 
@@ -108,8 +89,6 @@ def attention_logits(attention: Attention, q: Tensor, k: Tensor, cos: Tensor, si
     """What `attention` would weigh all keys by: unrotated q [B,H,T,D], k [B,K,T,D], positions [n] -> [B,H,n,T]."""
     if isinstance(attention, TwoWayAttention):
         return attention.logits(q, k, cos, sin, at)
-    if isinstance(attention, MixedAttention):
-        cos, sin = attention.angles(cos, sin)
     return _products(attention, q, k, cos, sin, at)
 
 
@@ -121,16 +100,14 @@ def attentions(model: LSHModel) -> list[Attention]:
 def build_model(settings: Settings, variant: Variant) -> LSHModel:
     """The model of these settings and seed with the variant's attention in every block."""
     model = LSHModel(settings.model, settings.seed)
-    classes = {"centred": CentredAttention, "mix": MixedAttention, "two_way": TwoWayAttention}
+    classes = {"centred": CentredAttention, "two_way": TwoWayAttention}
     for block, plain in zip(model.blocks, attentions(model), strict=True):
         if variant.special == "no_shift":
             plain.shift.requires_grad_(False).zero_()
         elif variant.special:
             special = classes[variant.special](settings.model, torch.Generator())
             special.load_state_dict(plain.state_dict(), strict=False)  # a centred one has means that start at zero
-            if isinstance(special, MixedAttention):
-                special.content_heads = round(variant.content_heads * settings.model.n_heads)
-            elif isinstance(special, TwoWayAttention):
+            if isinstance(special, TwoWayAttention):
                 special.far = variant.far
             block.attention = special
     return model

@@ -110,7 +110,10 @@ def _interval(ours: list[float], theirs: list[float]) -> str:
 
 PAIRS = (
     ("inverted_file_r8_quarter", "codebooks_quarter"), ("inverted_file_r8_quarter", "window_512_half"),
-    ("inverted_file_r8_quarter", "inverted_file_quarter"), ("inverted_file_r8", "codebooks_r8_w32"),
+    ("inverted_file_r8_mix_full", "inverted_file_r8_quarter"), ("inverted_file_mix_full", "inverted_file_quarter"),
+    ("inverted_file_r8_mix_full", "inverted_file_r8_mix_quarter"), ("inverted_file_r8_mix_full", "window_512_half"),
+    ("dense_mix_full", "dense_half"), ("inverted_file_r8_quarter", "inverted_file_quarter"),
+    ("inverted_file_r8", "codebooks_r8_w32"),
     ("inverted_file_half", "codebooks_half"), ("inverted_file_quarter", "codebooks_quarter"),
     ("inverted_file_half", "inverted_file_coarse"), ("codebooks_half", "window_512_half"),
     ("codebooks_quarter", "centred_quarter"), ("dense_half", "dense_quarter"), ("window_512_half", "window_half"),

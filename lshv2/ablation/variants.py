@@ -22,7 +22,7 @@ TOKENS_A_STEP = 32_768
 RECALL_LENGTHS = (1, 2, 4, 8)  # times the training length
 BYTE_VOCABULARY = 257  # all bytes and the end of a document
 
-Special = Literal["", "no_shift", "centred", "two_way", "mix"]
+Special = Literal["", "no_shift", "centred", "two_way"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Variant:
     """settings: what differs from the task's base. special: the subclass that stands in for the product's attention.
 
     far: rotary fraction outside the window, of `two_way` (inside it is the settings').
-    content_heads: part of the heads that carry no positions, of `mix`.
     finer: buckets in multiples of T / W, the settings' own choice.
     only: the tasks that this variant is meant for, by the start of their name; empty: all.
     """
@@ -38,7 +37,6 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     special: Special = ""
     far: float = 0.5
-    content_heads: float = 0.5
     finer: int = 1
     only: str = ""
 
@@ -47,12 +45,14 @@ class Variant:
         return self.settings.get("model.attention", "lsh")
 
 
-def _dense(rotary: float, **more: Any) -> Variant:
-    return Variant({"model.attention": "dense", "model.rotary_fraction": rotary}, **more)
+def _dense(rotary: float, heads: float = 1.0, **more: Any) -> Variant:
+    return Variant(
+        {"model.attention": "dense", "model.rotary_fraction": rotary, "model.rotary_heads": heads}, **more
+    )
 
 
-def _rotary(fraction: float, **more: Any) -> Variant:
-    return Variant({"model.rotary_fraction": fraction}, **more)
+def _rotary(fraction: float, heads: float = 1.0, **more: Any) -> Variant:
+    return Variant({"model.rotary_fraction": fraction, "model.rotary_heads": heads}, **more)
 
 
 def _shape(rounds: int, bucket_size: int, window: int = 256, base: dict[str, Any] | None = None) -> Variant:
@@ -62,6 +62,7 @@ def _shape(rounds: int, bucket_size: int, window: int = 256, base: dict[str, Any
 
 CROSS_POLYTOPE = {"model.hashing": "cross_polytope"}
 INVERTED_FILE = {"model.hashing": "inverted_file"}
+MIXED = {"model.rotary_heads": 0.5}  # the first half of the heads carries no positions
 CONTENT_CELLS = {**INVERTED_FILE, "model.rotary_fraction": 0.25}
 FINE = {"model.n_rounds": 8, "model.bucket_size": 32}  # as many keys in smaller pieces
 VARIANTS: dict[str, Variant] = {
@@ -79,6 +80,11 @@ VARIANTS: dict[str, Variant] = {
     "inverted_file_r8": Variant({**INVERTED_FILE, **FINE}, only="language"),
     "inverted_file_r8_quarter": Variant({**CONTENT_CELLS, **FINE}, only="language"),
     "inverted_file_fine_quarter": Variant(CONTENT_CELLS, finer=2, only="language"),
+    "inverted_file_mix_full": Variant({**INVERTED_FILE, **MIXED, "model.rotary_fraction": 1.0}),
+    "inverted_file_r8_mix_full": Variant(
+        {**INVERTED_FILE, **FINE, **MIXED, "model.rotary_fraction": 1.0}, only="language"
+    ),
+    "inverted_file_r8_mix_quarter": Variant({**CONTENT_CELLS, **FINE, **MIXED}, only="language"),
     # what the full-size model sees: 512 and 1,024 found keys
     "inverted_file_w128_quarter": _shape(4, 128, base=CONTENT_CELLS),
     "inverted_file_r8_w64_quarter": _shape(8, 64, base=CONTENT_CELLS),
@@ -88,8 +94,8 @@ VARIANTS: dict[str, Variant] = {
     "codebooks_full": _rotary(1.0),
     "codebooks_quarter": _rotary(0.25),
     "codebooks_content": _rotary(0.0),
-    "codebooks_mix_full": _rotary(1.0, special="mix"),
-    "codebooks_mix_half": _rotary(0.5, special="mix"),
+    "codebooks_mix_full": _rotary(1.0, 0.5),
+    "codebooks_mix_half": _rotary(0.5, 0.5),
     "codebooks_two_way_half": _rotary(1.0, special="two_way", far=0.5),
     "codebooks_two_way_content": _rotary(1.0, special="two_way", far=0.0),
     "codebooks_centred_half": Variant({}, "centred"),
@@ -103,14 +109,14 @@ VARIANTS: dict[str, Variant] = {
     "cross_polytope_few_buckets": Variant({**CROSS_POLYTOPE, "model.n_buckets": 16}, only="recall"),
     "dense_quarter": _dense(0.25),
     "dense_content": _dense(0.0),
-    "dense_mix_full": _dense(1.0, special="mix"),
-    "dense_mix_half": _dense(0.5, special="mix"),
+    "dense_mix_full": _dense(1.0, 0.5),
+    "dense_mix_half": _dense(0.5, 0.5),
     "dense_two_way_half": _dense(1.0, special="two_way", far=0.5),
     "dense_no_shift": _dense(0.5, special="no_shift"),
 }
 
-_CORE = ("inverted_file_r8_quarter", "dense_half", "dense_quarter", "codebooks_quarter", "inverted_file_quarter",
-         "window_512_half")
+_CORE = ("inverted_file_r8_quarter", "dense_half", "inverted_file_r8_mix_full", "dense_mix_full",
+         "inverted_file_mix_full", "dense_quarter", "codebooks_quarter", "inverted_file_quarter", "window_512_half")
 # The most informative comparison first, for all seeds, before the next begins.
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
@@ -124,14 +130,13 @@ TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                        "inverted_file_coarse")),
     ("recall-256", ("cross_polytope_half", "centred_half", "codebooks_centred_half", "window_half", "dense_full",
                     "codebooks_mix_half", "codebooks_mix_full", "codebooks_few_buckets", "codebooks_full")),
-    ("language-2048", ("codebooks_full", "codebooks_mix_full", "codebooks_no_shift", "dense_mix_full",
-                       "dense_no_shift")),
+    ("language-2048", ("inverted_file_r8_mix_quarter", "dense_mix_half", "codebooks_full", "codebooks_mix_full",
+                       "codebooks_no_shift", "dense_no_shift")),
     ("language-2048", ("codebooks_r2_w128", "codebooks_r3_w128_window128")),
     ("recall-256", ("codebooks_two_way_half", "codebooks_two_way_content", "codebooks_no_shift",
                     "cross_polytope_few_buckets", "dense_mix_full", "dense_mix_half", "dense_no_shift")),
     ("language-2048", ("codebooks_two_way_half", "codebooks_two_way_content", "dense_two_way_half")),
-    ("language-2048", ("codebooks_content", "inverted_file_content", "codebooks_mix_half", "dense_content",
-                       "dense_mix_half")),
+    ("language-2048", ("codebooks_content", "inverted_file_content", "codebooks_mix_half", "dense_content")),
 )
 TASKS = tuple(dict.fromkeys(task for task, _ in TIERS))
 
@@ -183,6 +188,12 @@ class Job:
         return make_settings("full", self.overrides(), seed=self.seed)
 
 
+# Stated for every job, so that a study's variants stay what they are when the product's defaults move.
+ALL: dict[str, Any] = {
+    "model.hashing": "codebooks", "model.rotary_fraction": 0.5, "model.rotary_heads": 1.0, "model.n_rounds": 4,
+}
+
+
 def _language(length: int) -> dict[str, Any]:
     batch = max(1, TOKENS_A_STEP // length)
     return {
@@ -190,7 +201,7 @@ def _language(length: int) -> dict[str, Any]:
         "model.n_heads": 4, "model.n_kv_heads": 4, "model.d_ff": 1024, "model.use_ponder": False,
         "model.max_seq_len": length, "model.window": 256, "model.bucket_size": 64, "train.seq_length": length,
         "train.batch_size": batch, "train.num_eval_sequences": 16 * batch, "train.learning_rate": 3e-3,
-        "train.gradient_checkpoint": False,
+        "train.gradient_checkpoint": False, **ALL,
     }
 
 
@@ -204,7 +215,7 @@ def _recall(length: int) -> dict[str, Any]:
         "model.weight_tied_layers": probe.n_layers, "model.use_ponder": False, "model.n_buckets": None,
         "model.max_seq_len": length * RECALL_LENGTHS[-1], "train.seq_length": length, "train.batch_size": 64,
         "train.num_eval_sequences": 256, "train.learning_rate": 3e-3, "train.gradient_checkpoint": False,
-        "recall.n_pairs": probe.n_pairs,
+        "recall.n_pairs": probe.n_pairs, **ALL,
     }
 
 

@@ -16,7 +16,7 @@ from lshv2.checkpoint import find_checkpoint, load_model, read_checkpoint
 from lshv2.data.packing import read_stream
 from lshv2.data.tokenizer import decode, read_tokenizer
 from lshv2.errors import UserError
-from lshv2.layers import Attention, rotary_angles, rotate
+from lshv2.layers import Attention, rotary_angles
 from lshv2.model import LSHModel
 from lshv2.presets import make_settings
 from lshv2.runs import Run, list_runs, load_run, runs_root
@@ -134,8 +134,8 @@ def capture(model: LSHModel, ids: Tensor) -> list[Layer]:
     def note(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, cos, sin = inputs
         q, k, _ = attention.project(x)
-        sharp = rotate(q, cos, sin) * attention.log_temperature.exp()[:, None, None]
-        layers.append(Layer(attention, q[0], k[0], sharp[0], rotate(k, cos, sin)[0]))
+        sharp = attention.turn(q, cos, sin) * attention.log_temperature.exp()[:, None, None]
+        layers.append(Layer(attention, q[0], k[0], sharp[0], attention.turn(k, cos, sin)[0]))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, Attention)]
     angles, x = rotary_angles(ids.shape[1], model.config, ids.device), model.embedding(ids)
