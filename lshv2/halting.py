@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lshv2.block import Block
 from lshv2.decoding import Cache, LayerCache
-from lshv2.layers import Block
 
 
 @dataclass(frozen=True)

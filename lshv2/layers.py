@@ -1,4 +1,4 @@
-"""One transformer block: attention with QK-norm, token shift and partial rotary positions, then SwiGLU.
+"""One attention layer: QK-norm, token shift, partial rotary positions, and the hash tables that it finds keys by.
 
 Legend: B batch, T tokens, d model width, H query heads, K key/value heads, D head dim, R hash rounds.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from torch.nn.utils import skip_init
 
 from lshv2.attention import lsh_attention
@@ -178,15 +178,22 @@ class Attention(nn.Module):
 
         before, asking: see `project`.
         """
-        config = self.config
         q, k, v = self.project(x, before, asking)
-        if config.attention == "lsh":
-            q_ids, k_ids = self.hash(q, k)
-        else:
-            q_ids, k_ids = (y.new_zeros(*y.shape[:2], 0, y.shape[2], dtype=torch.int32) for y in (q, k))
+        return *self.place(q, k, cos, sin, asking), v, *self.find(q, k)
+
+    def place(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, asking: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q and k of `project` as attention weighs them: with positions, q with its head's temperature."""
         q = self.turn(q, cos[..., :asking, :], sin[..., :asking, :])
-        q = q * self.log_temperature.exp().to(q.dtype)[:, None, None]
-        return q, self.turn(k, cos, sin), v, q_ids, k_ids
+        return q * self.log_temperature.exp().to(q.dtype)[:, None, None], self.turn(k, cos, sin)
+
+    def find(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Bucket ids of `project`'s q and k: see `hash`; of no rounds for the twins."""
+        if self.config.attention == "lsh":
+            return self.hash(q, k)
+        q_ids, k_ids = (y.new_zeros(*y.shape[:2], 0, y.shape[2], dtype=torch.int32) for y in (q, k))
+        return q_ids, k_ids
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> Tensor:
         """All tokens of a sequence, or this process's, at once: what `prepare` gives -> [B,H,T,D]."""
@@ -221,37 +228,3 @@ class Attention(nn.Module):
         else:
             out = cache.attend(x, q, k, v, q_ids, k_ids)
         return self.out(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and SwiGLU feed-forward, each with its residual."""
-
-    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        d = config.d_model
-        self.attention_norm, self.ff_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
-        self.attention = Attention(config, generator)
-        self.gate = skip_init(nn.Linear, d, config.d_ff, bias=False)
-        self.up = skip_init(nn.Linear, d, config.d_ff, bias=False)
-        self.down = skip_init(nn.Linear, config.d_ff, d, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x [B,T,d] -> [B,T,d]; cache: see `Attention.cached`."""
-        h = self.attention_norm(x)
-        return self.feed_forward(
-            x + (self.attention(h, cos, sin) if cache is None else self.attention.cached(h, cos, sin, cache))
-        )
-
-    def prepare(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What comes before attention: x [B,T,d] -> see `Attention.prepare`."""
-        return self.attention.prepare(self.attention_norm(x), cos, sin)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What comes after attention: x [B,T,d] and `Attention.attend`'s [B,H,T,D] -> [B,T,d]."""
-        return self.feed_forward(x + self.attention.out(attended.transpose(1, 2).flatten(2)))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half, with its residual: x [.., d] -> [.., d]."""
-        h = self.ff_norm(x)
-        with region("feed_forward"):
-            return x + self.down(silu(self.gate(h)) * self.up(h))

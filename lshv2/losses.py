@@ -1,4 +1,14 @@
-"""Cross-entropy of a language-model head without ever storing all logits."""
+"""Cross-entropy of a language-model head without ever storing all logits, nor computing them twice.
+
+    loss, nats = linear_cross_entropy(hidden, weight, labels, scale)     # Σ scale · nats, and the nats of each token
+
+A chunk of rows goes through the head; while its logits are there, they become their own gradient (in one kernel on a
+GPU, `lshv2.losses_kernel`) and pass on to hidden and weight, in the forward. So every token's weight in the loss is
+`scale`, an argument: the backward only multiplies by the gradient of the sum. The idea is Liger-Kernel's (Hsu et al.
+2024), which weighs all tokens alike; Ponder's exits weigh each by its halting probability, which learns by it too.
+torch's own `linear_cross_entropy` begins with 2.13, and has no such weights either.
+Legend: M tokens, d model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +16,77 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
+
+from lshv2.hashing import has_triton
 
 IGNORE = -100  # a label that is not scored
-# Logits alive at once. On a CPU 4 MB in float32, so that no benchmark's memory is this buffer; a GPU takes 512 MB, or
-# its host could not keep up with the kernels of many small chunks.
+# Logits alive at once. On a CPU 4 MB in float32, so that no benchmark's memory is this buffer; a GPU takes 256 MB in
+# bfloat16, or its host could not keep up with the kernels of many small chunks.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 MIN_ROWS = 512  # or this many rows of them: smaller products waste the hardware
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Chunks of rows, recomputed in the backward. Not torch.utils.checkpoint: that imports torch._dynamo, a second."""
-
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, rows: int, learning: bool
+    ) -> tuple[Tensor, Tensor]:
         kind = hidden.device.type
-        # backward runs without autocast: what it chooses here is kept
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        ctx.rows, ctx.dtype = rows, dtype
-        ctx.save_for_backward(hidden, weight, labels)
-        head = weight.to(dtype).T
-        pieces = zip(hidden.split(rows), labels.split(rows), strict=True)
-        return torch.cat([
-            cross_entropy((h.to(dtype) @ head).float(), y, ignore_index=IGNORE, reduction="none") for h, y in pieces
-        ])
+        head, nats = weight.to(dtype), scale.new_empty(scale.shape)
+        if learning:
+            d_hidden, d_weight = hidden.new_empty(hidden.shape, dtype=dtype), torch.zeros_like(weight)
+            ctx.save_for_backward(d_hidden, d_weight, nats)
+            ctx.dtype = hidden.dtype
+        for at in range(0, len(hidden), rows):
+            where = slice(at, at + rows)
+            h = hidden[where].to(dtype)
+            logits = h @ head.T
+            nats[where] = row_losses(logits, labels[where], scale[where] if learning else None)
+            if learning:
+                torch.mm(logits, head, out=d_hidden[where])
+                d_weight += logits.T @ h
+        ctx.mark_non_differentiable(nats)
+        return (nats * scale).sum(), nats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels = ctx.saved_tensors
-        head = weight.to(ctx.dtype)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for at in range(0, hidden.shape[0], ctx.rows):
-            where = slice(at, at + ctx.rows)
-            h, y = hidden[where].to(ctx.dtype), labels[where]
-            d_logits = (h @ head.T).float().softmax(-1)  # d CE / d logits = softmax − one-hot
-            d_logits.scatter_add_(1, y.clamp_min(0)[:, None], d_logits.new_full((len(y), 1), -1.0))
-            d_logits *= torch.where(y == IGNORE, 0.0, grads[0][where])[:, None]
-            d_logits = d_logits.to(ctx.dtype)
-            d_hidden[where] = d_logits @ head
-            d_weight += d_logits.T @ h
-        return d_hidden, d_weight, None, None
+        if torch.is_grad_enabled():  # once_differentiable would let a gradient's gradient pass as zero
+            raise RuntimeError("linear_cross_entropy is differentiable once: its gradients are constants")
+        d_hidden, d_weight, nats = ctx.saved_tensors
+        grad = grads[0].reshape(1)  # a dimension, so that the product of bfloat16 with it is float32
+        return (d_hidden * grad).to(ctx.dtype), (d_weight * grad).to(d_weight.dtype), None, nats * grad, None, None
 
 
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Nats of each token: hidden [M,d], weight [V,d], labels int64 [M] -> [M], zero where labels are IGNORE.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ scale · nats (scalar) of predicting labels by hidden @ weight.T, and nats [M], zero where labels are IGNORE.
 
-    Memory is O(CHUNK_ELEMENTS + MIN_ROWS·V), not M·V. Under autocast the products run in its dtype.
+    hidden [M,d], weight [V,d], labels int64 [M], scale [M] in float32 or float64, as are the results. Differentiable
+    once, in hidden, weight and scale; nats are constants. Under autocast the products run in its dtype.
+    Memory beside the gradients: O(CHUNK_ELEMENTS + MIN_ROWS·V), not M·V.
     """
-    rows = max(MIN_ROWS, CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"] // weight.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)
+    rows = max(MIN_ROWS, CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"] // weight.shape[0] // MIN_ROWS * MIN_ROWS)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, scale))
+    loss, nats = _LinearCrossEntropy.apply(hidden, weight, labels, scale, rows, learning)
+    return loss, nats
+
+
+def row_losses(logits: Tensor, labels: Tensor, scale: Tensor | None) -> Tensor:
+    """Nats [M] of labels int64 [M] by logits [M,V], in float32 or float64; zero where labels are IGNORE.
+
+    With scale [M] the logits are overwritten by the gradient of Σ scale · nats.
+    """
+    if logits.is_cuda and logits.dtype != torch.float64 and has_triton():
+        from lshv2.losses_kernel import row_losses_triton
+
+        return row_losses_triton(logits, labels, scale, IGNORE)
+    work = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scored, label = labels != IGNORE, labels.clamp_min(0)[:, None]
+    lse = work.logsumexp(-1, keepdim=True)
+    nats = (lse - work.gather(1, label)).squeeze(1) * scored
+    if scale is not None:
+        d_logits = work.sub_(lse).exp_()  # softmax − one-hot; in the logits' own place where that is their dtype
+        d_logits.scatter_add_(1, label, d_logits.new_full(label.shape, -1.0))
+        d_logits *= (scale * scored)[:, None]
+        logits.copy_(d_logits)
+    return nats

@@ -5,10 +5,9 @@
     out = model(input_ids, labels=input_ids)  # out.loss, without storing all logits
     new = model.eval().generate(prompt_ids, max_new_tokens=64)
 
-`n_layers` blocks are `weight_tied_layers` distinct ones applied `n_layers / weight_tied_layers` times; one pass over
-the distinct ones is a ponder step. While training every step answers and the losses are weighed by the halting
-distribution; in `eval()` tokens halt, and the later steps go on without them: each block projects a halted token's last
-state once more, to the key, value and bucket ids that the others see from there on (`lshv2.halting`):
+While training every ponder step (`lshv2.backbone`) answers and the losses are weighed by the halting distribution; in
+`eval()` tokens halt, and the later steps go on without them: each block projects a halted token's last state once more,
+to the key, value and bucket ids that the others see from there on (`lshv2.halting`):
 
     out = model.eval()(input_ids)                                        # at ponder_threshold
     out = model(input_ids, draw=torch.Generator().manual_seed(0))        # by a draw from each token's λ
@@ -17,34 +16,26 @@ Legend: B batch, T tokens, d model width, V vocabulary, N ponder steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils import skip_init
-from torch.utils.checkpoint import checkpoint
 
-from lshv2.config import ModelConfig, Recompute, parse_size
+from lshv2.backbone import Angles, Backbone
+from lshv2.config import ModelConfig, parse_size
 from lshv2.decoding import Cache
 from lshv2.errors import UserError
 from lshv2.generation import GraphedStep, Prompts, Step, as_batch, check_sampling, tokens
-from lshv2.halting import answer
-from lshv2.layers import Attention, Block, rotary_angles
-from lshv2.losses import IGNORE, token_cross_entropy
-from lshv2.parallel.share import Share
-from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
+from lshv2.layers import rotary_angles
+from lshv2.losses import IGNORE, linear_cross_entropy
+from lshv2.ponder import expected_steps, halting_log_probs, prior_divergence
 from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
-
-Angles = tuple[Tensor, Tensor]  # cos, sin
-Part = Callable[..., Any]
-recomputed = partial(checkpoint, use_reentrant=False)  # its inputs alone are kept for the backward
-HASH_SEED = 1 << 32  # added to a model's seed
 
 
 @dataclass
@@ -67,77 +58,8 @@ class LMOutput:
         return self.hidden @ self.head.to(self.hidden.dtype).T
 
 
-class LSHModel(nn.Module):
+class LSHModel(Backbone):
     """The model of a `ModelConfig`; weights are drawn from a generator seeded with `seed`, hash tables from another."""
-
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        super().__init__()
-        # hash tables of another shape, or none, leave the weights as they are: twins of a seed start alike
-        hashes = torch.Generator().manual_seed(HASH_SEED + seed)
-        self.config = config
-        # the trainer's choices, not properties of the weights
-        self.gradient_checkpoint: Recompute = False
-        self.parts: list[tuple[Part, Part]] = []  # of each block, compiled
-        self.share: Share | None = None
-        table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
-        self.blocks = nn.ModuleList(Block(config, hashes) for _ in range(config.weight_tied_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.head = skip_init(nn.Linear, config.d_model, config.vocab_size, bias=False)
-        if config.use_ponder:
-            self.step_embedding = nn.Parameter(torch.zeros(config.n_ponder_steps, config.d_model))
-            self.halt = skip_init(nn.Linear, config.d_model, 1)
-        self._initialise(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def _initialise(self, generator: torch.Generator) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith((".out", ".down")):  # the residual stream's variance stays near one over the depth
-                    std /= (2 * self.config.n_layers) ** 0.5
-                module.weight.normal_(0.0, std, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
-        self.embedding.weight.normal_(0.0, 0.2, generator=generator)  # of 1, 0.2 and 0.02 the fastest learner
-        self.head.weight.mul_(0.5)  # near-uniform first predictions
-        if self.config.use_ponder:
-            self.halt.weight.zero_()
-            prior = self.config.ponder_prior
-            self.halt.bias.fill_(torch.tensor(prior / (1 - prior)).log())  # start at the prior
-
-    def step_of_all(self, x: Tensor, n: int, angles: Angles, cache: Cache | None = None) -> Tensor:
-        """Ponder step n: every distinct block once. x [B,T,d] -> [B,T,d]."""
-        if self.config.use_ponder:
-            x = x + self.step_embedding[n].to(x.dtype)
-        for i, block in enumerate(self.blocks):
-            if self.training:
-                x = self._train_block(i, x, angles)
-            else:
-                x = block(x, *angles, cache.layers[n * len(self.blocks) + i] if cache else None)
-        return x
-
-    def _train_block(self, i: int, x: Tensor, angles: Angles) -> Tensor:
-        """Block i while training: what `compile_blocks` and `gradient_checkpoint` ask for, the same to rounding."""
-        block, again = self.blocks[i], self.gradient_checkpoint
-        assert isinstance(block, Block)
-        if not (again or self.parts):
-            return block(x, *angles)
-        prepare, finish = self.parts[i] if self.parts else (block.prepare, block.finish)
-        if again == "block":
-            return recomputed(lambda x, *angles: finish(x, block.attention.attend(*prepare(x, *angles))), x, *angles)
-        found = recomputed(prepare, x, *angles) if again is True else prepare(x, *angles)
-        attended = block.attention.attend(*found)
-        return recomputed(finish, x, attended) if again else finish(x, attended)
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Train through torch.compile from here on: what is before and after attention, one graph each for all blocks.
-
-        Evaluation and decoding are not compiled: their shapes change from call to call. A new batch shape is compiled
-        anew.
-        """
-        compiled = partial(torch.compile, dynamic=False, backend=backend)
-        self.parts = [(compiled(block.prepare), compiled(block.finish)) for block in self.blocks]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, *, draw: torch.Generator | None = None
@@ -166,9 +88,8 @@ class LSHModel(nn.Module):
         x, steps = self._answer(x, angles, draw=draw)
         out = LMOutput(self.norm(x), self.head.weight, steps)
         if targets is not None:
-            with region("head_loss"):
-                nats = self._token_loss(out.hidden, targets)
-                out.loss = nats.sum() / self._scored(targets)
+            weight = self._scored(targets).reciprocal()
+            out.loss, nats = self._score(out.hidden, targets, weight.expand(targets.shape))
             out.cross_entropy = None if share else pad(nats[:, :-1], (1, 0))
         return out
 
@@ -177,45 +98,34 @@ class LSHModel(nn.Module):
         count = (targets != IGNORE).sum()
         return self.share.mean_count(count) if self.share and self.training else count.clamp_min(1)
 
-    def _answer(
-        self, x: Tensor, angles: Angles, cache: Cache | None = None, draw: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The states [B,T,d] that answer outside training, and the steps [B,T] they took."""
-        if self.config.use_ponder:
-            return answer(
-                [*self.blocks], self.step_embedding, self._halt_logits, x, angles,
-                threshold=self.config.ponder_threshold, cache=cache, draw=draw,
-            )
-        for n in range(self.config.n_ponder_steps):
-            x = self.step_of_all(x, n, angles, cache)
-        return x, x.new_full(x.shape[:2], self.config.n_ponder_steps, dtype=torch.float32)
-
-    def _halt_logits(self, x: Tensor) -> Tensor:
-        """[.., d] -> float32 logits of λ [..]."""
-        return self.halt(self.norm(x)).squeeze(-1).float()
-
     def _train_ponder(self, x: Tensor, angles: Angles, targets: Tensor | None) -> LMOutput:
-        states, halts, losses = [], [], []
+        states, halts = [], []
         for n in range(self.config.n_ponder_steps):
             x = self.step_of_all(x, n, angles)
             state = self.norm(x)
             states.append(state)
             halts.append(self.halt(state).squeeze(-1).float())
-            if targets is not None:
-                with region("head_loss"):
-                    losses.append(self._token_loss(state, targets))
         log_p = halting_log_probs(torch.stack(halts))
         out = LMOutput(states[-1], self.head.weight, expected_steps(log_p.detach()))
         if targets is not None:
-            out.loss = ponder_loss(
-                torch.stack(losses), log_p, targets != IGNORE, prior=self.config.ponder_prior,
-                beta=self.config.ponder_beta, count=self._scored(targets),
-            )
+            # `lshv2.ponder.ponder_loss`, each step's part weighed where its logits are: they are there once only
+            count = self._scored(targets)
+            weights = log_p.exp() / count
+            losses = [self._score(state, targets, weight)[0] for state, weight in zip(states, weights, strict=True)]
+            divergence = (prior_divergence(log_p, self.config.ponder_prior) * (targets != IGNORE)).sum() / count
+            out.loss = torch.stack(losses).sum() + self.config.ponder_beta * divergence
         return out
 
-    def _token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[B,T,d], targets [B,T] -> nats [B,T] of each token's saying its target; zero where there is none."""
-        return token_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)
+    def _score(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ weights · nats of each token's saying its target, and the nats [B,T], zero where there is none.
+
+        hidden [B,T,d], targets [B,T], weights [B,T].
+        """
+        with region("head_loss"):
+            loss, nats = linear_cross_entropy(
+                hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights.flatten()
+            )
+        return loss, nats.view(targets.shape)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, lengths: Sequence[int], *, capacity: int) -> tuple[Tensor, Cache]:
@@ -263,29 +173,6 @@ class LSHModel(nn.Module):
     def generate(self, prompt_ids: Prompts, max_new_tokens: int, **how: Any) -> Tensor:
         """The new tokens int64 [B,n], n <= max_new_tokens; prompt_ids and `how`: see `stream`."""
         return torch.stack(list(self.stream(prompt_ids, max_new_tokens, **how)), dim=1)
-
-    def take_share(self, share: Share) -> None:
-        """From here on a forward in training computes this process's part of the tokens; before `compile_blocks`."""
-        self.share = share
-        for attention in self._attentions:
-            attention.share = share
-
-    @property
-    def _attentions(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
-
-    def update_hash(self) -> None:
-        """Let the hash codebooks follow the last training step's queries and keys; after the optimizer step."""
-        notes = [note for attention in self._attentions for note in attention.notes]
-        if self.share and notes:
-            self.share.add_up(notes)
-        for attention in self._attentions:
-            attention.update_hash()
-
-    def count_parameters(self) -> int:
-        """Distinct trainable parameters: a tied block counts once."""
-        return sum(p.numel() for p in self.parameters())
-
 
 def create_lsh_v2_model(
     vocab_size: int = 32_000, target_params: str = "100M", *, seed: int = 0, **overrides: Any

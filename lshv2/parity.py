@@ -5,9 +5,9 @@
 A vector of `size` elements, k of them +1 or −1 by chance, the others 0; is the number of +1 odd? More non-zero elements
 are harder. Interpolation trains and tests on k = 1 .. size; extrapolation trains on 1 .. size/2 and tests above.
 One GRU cell reads the whole vector in every step; after step n its state gives an answer and the halting logit, and
-`lshv2.ponder` weighs them: the same functions that train the language model. `--max-steps 1` is the control without
-pondering. Not as in the paper: the learning rate falls to zero over the second half, and `--reach` wires each unit to
-few elements. What was learned so far stands in CONTRIBUTING.
+`lshv2.ponder` weighs them, with the distribution and the divergence that train the language model. `--max-steps 1` is
+the control without pondering. Not as in the paper: the learning rate falls to zero over the second half, and `--reach`
+wires each unit to few elements. What was learned so far stands in CONTRIBUTING.
 
 The report holds, for each k, the accuracy and steps of sampled halting as exact expectations under p (no draw: Σ p_n
 over the right answers), and those of the deterministic rule at `THRESHOLD`.

@@ -31,20 +31,19 @@ def truncated_geometric(n_steps: int, prior: float, device: torch.device | None 
     return weights / weights.sum()
 
 
-def ponder_loss(
-    cross_entropy: Tensor, log_p: Tensor, scored: Tensor, *, prior: float, beta: float, count: Tensor | None = None
-) -> Tensor:
+def ponder_loss(cross_entropy: Tensor, log_p: Tensor, scored: Tensor, *, prior: float, beta: float) -> Tensor:
     """Mean over scored tokens of Σ_n p_n CE_n + β KL(p ‖ prior).
 
-    cross_entropy, log_p [N,B,T]; scored bool [B,T]; count: what their sum is divided by, None: how many are scored.
-    Returns a scalar; zero when nothing is scored.
+    cross_entropy, log_p [N,B,T]; scored bool [B,T]. Returns a scalar; zero when nothing is scored.
     """
-    p = log_p.exp()
-    expected = (p * cross_entropy).sum(0)
+    expected = (log_p.exp() * cross_entropy).sum(0)
+    return ((expected + beta * prior_divergence(log_p, prior)) * scored).sum() / scored.sum().clamp_min(1)
+
+
+def prior_divergence(log_p: Tensor, prior: float) -> Tensor:
+    """KL(p ‖ truncated geometric prior) of each token: [N,B,T] -> [B,T]."""
     log_prior = truncated_geometric(log_p.shape[0], prior, log_p.device).log().to(log_p)
-    divergence = (p * (log_p - log_prior[:, None, None])).sum(0)
-    total = ((expected + beta * divergence) * scored).sum()
-    return total / (scored.sum().clamp_min(1) if count is None else count)
+    return (log_p.exp() * (log_p - log_prior[:, None, None])).sum(0)
 
 
 def expected_steps(log_p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lshv2.runs import Run
 TRAINER = """
 import json, os, signal, subprocess, sys, time
 import torch
-from lshv2 import checkpoint, train, trainer
+from lshv2 import checkpoint, train, trainer, training_state
 
 def at(module, name, act, n):
     real, calls = getattr(module, name), []
@@ -53,7 +53,7 @@ PLACES = {
     "a checkpoint half written": (checkpoint, "save_file", half_a_file),
     "a checkpoint not listed": (checkpoint, "write_json", before),
     "a checkpoint listed, the old one not deleted": (checkpoint, "write_json", after),
-    "a line half written": (trainer, "append_jsonl", half_a_line),
+    "a line half written": (training_state, "append_jsonl", half_a_line),
     "between two steps": (trainer.Trainer, "_train_step", after),
     "SIGTERM in a step": (trainer.Trainer, "_train_step", stop_the_group),
     "SIGTERM in an evaluation": (trainer, "evaluate", stop_the_group),

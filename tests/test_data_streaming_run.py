@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lshv2.__main__ import _data as command_line_data
 from lshv2.data import ensure, language_dataset, language_stream, load_tokenizer, prepare, prepared, streamed
@@ -20,10 +21,12 @@ from lshv2.data.shards import Shards
 from lshv2.data.stream import TokenStream
 from lshv2.data.tokenizer import decode, train_tokenizer
 from lshv2.errors import UserError
+from lshv2.model import LSHModel
 from lshv2.presets import make_settings
 from lshv2.runner.markers import describe_inputs
 from lshv2.runner.phases import PHASE_TABLE, find_artifacts
 from lshv2.runs import open_run, read_jsonl, repo_root
+from lshv2.train import Trainer, language_task
 
 TEXTS = [f"<{n}> " + " ".join(f"word{n * k % 89}" for k in range(n % 130 + 20)) + "\n" for n in range(400)]
 STEPS, EVERY = 60, 7
@@ -137,6 +140,31 @@ def test_training_sees_no_held_out_document(tmp_path, source):
     assert 20 < len(marks) < 80 and not [mark for mark in marks if mark in read]
     assert sum(text.split()[0] in read for text in TEXTS) == len(TEXTS) - len(marks)
     assert len(stream) == run.settings.train.num_train_sequences
+
+
+def test_a_training_goes_on_in_the_stream_where_its_checkpoint_stood(tmp_path, source):
+    """Broken off two steps after the checkpoint of step 4; eight steps in one go end with the same weights."""
+    ends = []
+    for name in ("whole", "broken off"):
+        run = open_stream(tmp_path / name, source)
+        ensure(run)
+        trainer = Trainer(run, language_task(run), LSHModel(run.settings.model))
+        if name == "broken off":
+            step = trainer._train_step
+
+            def breaking(*batch, trainer=trainer, step=step):
+                if trainer.step == 6:
+                    raise ConnectionError
+                return step(*batch)
+
+            trainer._train_step = breaking
+            with pytest.raises(ConnectionError):
+                trainer.fit()
+            trainer = Trainer(run, language_task(run), LSHModel(run.settings.model))
+        trainer.fit()
+        assert trainer.step == 8
+        ends.append(list(trainer.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_every_process_reads_the_shards_that_phase_2_saw(tmp_path, source):

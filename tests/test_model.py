@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from lshv2.config import ModelConfig, parse_size
 from lshv2.errors import UserError
 from lshv2.layers import rotary_angles
-from lshv2.losses import CHUNK_ELEMENTS, token_cross_entropy
 from lshv2.model import LSHModel, create_lsh_v2_model
+from lshv2.ponder import halting_log_probs, ponder_loss
 from lshv2.sizes import count_parameters, shape_for
 
 SMALL: dict[str, Any] = dict(
@@ -84,24 +84,6 @@ def test_loss_is_shifted_cross_entropy_of_the_logits() -> None:
     assert abs(out.cross_entropy.sum() / (labels[:, 1:] != -100).sum() - expected) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1024, 3])
-def test_chunked_cross_entropy_equals_torch_s(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients, under a weighted sum and with ignored labels, in one chunk and in many."""
-    monkeypatch.setattr("lshv2.losses.MIN_ROWS", rows)
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 20)
-    g = torch.Generator().manual_seed(0)
-    hidden, weight, scale = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((50, 8), (20, 8), (50,)))
-    labels = torch.randint(0, 20, (50,), generator=g)
-    labels[::7] = -100
-    results = []
-    for function in (token_cross_entropy, lambda h, w, y: cross_entropy((h @ w.T), y, reduction="none")):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = function(h, w, labels)
-        results.append([loss.detach(), *torch.autograd.grad((loss * scale).sum(), (h, w))])
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).abs().max() < 1e-6
-
-
 @pytest.mark.parametrize("attention", ["lsh", "dense", "window"])
 @pytest.mark.parametrize("hashing", ["codebooks", "cross_polytope", "inverted_file"])
 @torch.no_grad()
@@ -141,10 +123,38 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert all((a - b).abs().max() < 1e-6 for b in others)
 
 
+def test_the_more_is_computed_again_the_less_is_kept() -> None:
+    x, kept = ids(), []
+    for checkpoint in ("block", True, "feed_forward", False):
+        model, sizes = small().train(), {}
+        model.gradient_checkpoint = checkpoint  # type: ignore[assignment]
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(x, labels=x)
+        kept.append(sum(sizes.values()))
+    assert all(less < 0.9 * more for less, more in zip(kept, kept[1:], strict=False)), kept
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, "feed_forward"])
+def test_what_is_computed_again_does_not_look_for_buckets_again(checkpoint: bool | str) -> None:
+    model, x, found = small(hashing="inverted_file").train(), ids(), []
+    model.gradient_checkpoint = checkpoint  # type: ignore[assignment]
+    for block in model.blocks:
+        find = block.attention.find  # type: ignore[union-attr]
+        block.attention.find = lambda *plain, find=find: found.append(1) or find(*plain)  # type: ignore[union-attr]
+    model(x, labels=x).loss.backward()
+    assert len(found) == model.config.n_layers
+    assert all(block.attention.key_count == model.config.n_ponder_steps for block in model.blocks)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 @pytest.mark.parametrize("hashing", ["inverted_file", "codebooks"])
 @pytest.mark.parametrize("checkpoint", [False, True, "block", "feed_forward"])
-def test_compiled_blocks_train_alike_in_two_graphs(checkpoint: bool | str, hashing: str, backend: str) -> None:
+def test_compiled_blocks_train_alike_in_three_graphs(checkpoint: bool | str, hashing: str, backend: str) -> None:
     """Three steps with their hash updates; the graphs of the first block serve all, and no step compiles again."""
     if backend == "torch":
         pytest.skip("the tiles read counts on the host: they are not compiled, and a GPU does not take them")
@@ -165,7 +175,7 @@ def test_compiled_blocks_train_alike_in_two_graphs(checkpoint: bool | str, hashi
             model.update_hash()
             losses.append(loss.detach())
         results.append([*losses, *(t for b in model.blocks for t in b.attention.tables), *model.parameters()])
-    assert len(model.blocks) > 1 and counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert len(model.blocks) > 1 and counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() < 1e-5
 
@@ -220,6 +230,28 @@ def test_the_ponder_loss_weighs_each_prediction_by_the_halting_of_the_token_that
         nats = [-steps[n][1][b, t].log_softmax(-1)[labels[b, t + 1]].item() for n in range(3)]
         terms.append(sum(p[n] * (nats[n] + 0.1 * math.log(p[n] / prior[n])) for n in range(3)))
     assert abs(got - sum(terms) / len(terms)) < 1e-6, "cross entropy is summed in float32"
+
+
+def test_the_ponder_loss_s_gradients_are_those_of_all_logits_at_once() -> None:
+    """The model weighs each exit's losses where its logits are; here they are all there, and weighed at the end."""
+    model, x = small(n_layers=6).double(), ids(2, 12)
+    torch.nn.init.normal_(model.halt.weight, 0.0, 0.4, generator=torch.Generator().manual_seed(0))
+    labels = x.clone()
+    labels[:, ::3] = -100
+    state, halts, nats = model.embedding(x), [], []
+    for n in range(3):
+        state = model.step_of_all(state, n, rotary_angles(12, model.config, x.device))
+        halts.append(model.halt(model.norm(state)).squeeze(-1))
+        logits = model.head(model.norm(state))[:, :-1].flatten(0, 1)
+        nats.append(cross_entropy(logits, labels[:, 1:].flatten(), reduction="none").view(2, 11))
+    log_p = halting_log_probs(torch.stack(halts))[..., :-1]
+    plain = ponder_loss(torch.stack(nats), log_p, labels[:, 1:] != -100, prior=0.3, beta=0.1)
+    ours, theirs = (
+        torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        for loss in (model(x, labels=labels).loss, plain)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a is b or (a - b).abs().max() < 1e-6, "the halting distribution is in float32"
 
 
 def test_the_ponder_gradient_reaches_the_halting_head() -> None:

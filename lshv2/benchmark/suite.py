@@ -32,8 +32,8 @@ SUMMARY = "benchmark_summary.json"
 WORKER = (sys.executable, "-c", f"from {worker.__name__} import main; main()")
 FIT_FROM = 16_384  # below, launch overheads and cache sizes hide the exponent: used where three lengths remain
 RESOLUTION_MB = 1.0  # peaks below this are within the allocator's granularity
-TIMED = ("lshv2/attention/", "lshv2/benchmark/", "lshv2/halting", "lshv2/hashing", "lshv2/layers", "lshv2/losses",
-         "lshv2/model", "lshv2/ponder")  # the code that a row depends on
+TIMED = ("lshv2/attention/", "lshv2/backbone", "lshv2/benchmark/", "lshv2/block", "lshv2/halting", "lshv2/hashing",
+         "lshv2/layers", "lshv2/losses", "lshv2/model", "lshv2/ponder")  # the code that a row depends on
 MEASURES = {"latency": "latency_ms", "train_latency": "train_latency_ms", "memory": "activation_mb"}
 SHARED = ("device", "dtype", "threads")  # reported by each worker, the same in all rows
 Row = dict[str, Any]

@@ -50,11 +50,12 @@ PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bf16 FLOP/
 # The dense twin gets the fastest of these on an H200 (`lshv2.benchmark.attention`) that takes it, not torch's choice.
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GROUPS = (  # of kernels, by a part of their name, the first that fits
+    ("elementwise", ("triton_",)),  # fused by torch.compile, and named after all that is in them, such as _to_copy_
     ("attention", ("_far_", "_local_", "_row_products", "_spans", "_codes", "_earlier", "_best_cells", "_bucket_ids",
                    "flash", "fmha", "cudnn_generated", "RadixSort", "radix")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitK")),
     ("optimizer", ("multi_tensor", "FusedAdam", "fused_adam")),
-    ("loss", ("softmax", "SoftMax", "nll_loss", "scatter")),
+    ("loss", ("_row_losses", "softmax", "SoftMax", "nll_loss", "scatter")),
     ("copies", ("Memcpy", "Memset", "copy_")),
 )
 
@@ -111,6 +112,8 @@ def make_trainer(folder: Path, settings: Settings, ranks: Ranks = ALONE, layout:
 def measure(case: dict[str, Any], preset: str, samples: int, warm_up: int, trace: bool) -> dict[str, Any]:
     """One row: the case with times, rate, MFU and peak memory; or `status` other than ok, and the reason."""
     meter = Meter(pick_device())
+    if meter.cuda and case["compile"]:
+        torch.compiler.reset()  # a function has eight graphs at most: the ninth shape of a process would run eager
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder, sdpa_kernel(FASTEST, set_priority=True):
@@ -157,7 +160,7 @@ def kernels(trainer: Trainer, ids: Tensor) -> dict[str, Any]:
     for event in events:
         group = next((name for name, parts in GROUPS if any(part in event.key for part in parts)), "elementwise")
         groups[group] = groups.get(group, 0.0) + event.self_device_time_total / 1e3
-    longest = [{"name": e.key[:90], "count": e.count, "ms": e.self_device_time_total / 1e3} for e in events[:16]]
+    longest = [{"name": e.key[:90], "count": e.count, "ms": e.self_device_time_total / 1e3} for e in events[:40]]
     return {"groups_ms": groups, "longest": longest}
 
 
