@@ -15,6 +15,7 @@ page = st.navigation([
     st.Page("views/training.py", title="Training", icon=":material/show_chart:"),
     st.Page("views/components.py", title="Components", icon=":material/stacked_bar_chart:"),
     st.Page("views/scaling.py", title="Scaling", icon=":material/straighten:"),
+    st.Page("views/arena.py", title="Arena", icon=":material/stadium:"),
     st.Page("views/operator.py", title="Operator", icon=":material/speed:"),
     st.Page("views/settings.py", title="Settings", icon=":material/tune:"),
     st.Page("views/logs.py", title="Logs", icon=":material/article:"),

@@ -12,11 +12,11 @@ import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lshv2.errors import UserError
 from lshv2.operator_results import NAMES, OperatorResult, read_operator
-from lshv2.plots import REFERENCE, label, new_figure, tokens
+from lshv2.plots import REFERENCE, label, length_axis, new_figure
 
 COLOURS = dict(zip(NAMES, ("#0072B2", "#56B4E9", "#332288", "#88CCEE", "#D55E00", "#E69F00", "#CC79A7", "#D55E00",
                            "#009E73", "#AA3377"), strict=True))
@@ -88,12 +88,8 @@ def _draw_parts(axis: Axes, result: OperatorResult) -> None:
 
 
 def _lengths(axis: Axes, lengths: list[int]) -> None:
-    """Both axes logarithmic: a tick a measured length, plain numbers on the other."""
-    axis.set_xscale("log", base=2)
+    """Both axes logarithmic, plain numbers on the upright one."""
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=15))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticks(sorted(set(lengths)))
-    axis.xaxis.set_major_formatter(FuncFormatter(tokens))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.tick_params(axis="x", labelrotation=45 if len(set(lengths)) > 6 else 0)
+    length_axis(axis, lengths)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from lshv2.axes import length_ticks
 from lshv2.curves import Curves, Training, read_training
 from lshv2.errors import UserError
 from lshv2.readers import Benchmark, Profile, Row, read_benchmark, read_profile
@@ -123,17 +124,12 @@ def draw_benchmark(benchmark: Benchmark) -> Figure:
         ("memory", "activation_mb", "peak memory over the fixed cost", "MB"),
     )
     for axis, (measure, column, title, unit) in zip(axes, panels, strict=True):
-        axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         for attention in COLOURS:
             rows = [row for row in benchmark.rows if row.attention == attention]
             if rows:
                 _draw_scaling(axis, benchmark, rows, measure, column)
-        lengths = sorted({row.seq_len for row in benchmark.rows})
-        axis.set_xticks(lengths)
-        axis.xaxis.set_major_formatter(FuncFormatter(tokens))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.tick_params(axis="x", labelrotation=45 if len(lengths) > 6 else 0)
+        length_axis(axis, [row.seq_len for row in benchmark.rows])
         axis.margins(y=0.18)
         bottom, top = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,), numticks=15))
@@ -188,9 +184,13 @@ def label(axis: Axes, title: str, x: str, y: str) -> None:
         axis.legend(fontsize=8, frameon=False, loc="best")
 
 
-def tokens(length: float, _: object) -> str:
-    """1024 -> 1k, 131072 -> 128k, 64 -> 64."""
-    return f"{length / 1024:g}k" if length >= 1024 else f"{length:g}"
+def length_axis(axis: Axes, lengths: Iterable[int]) -> None:
+    """Logarithmic, with the ticks of `lshv2.axes`."""
+    ticks = length_ticks(lengths)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.tick_params(axis="x", labelrotation=45 if len(ticks) > 6 else 0)
 
 
 READERS: dict[str, Callable] = {

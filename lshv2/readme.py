@@ -3,19 +3,23 @@
     python -m lshv2.readme        # rewrites what stands between the two marks in README.md; a test holds it up to date
 
 A reference run is a folder of measured JSON files at `runs/reference-<machine>/<run>/` (or one level up): a run's
-`benchmark_summary.json`, or the `ablation.json` of `lshv2.ablation`. Nothing is computed here: a cell is what a file
-says, or why it says nothing.
+`benchmark_summary.json`, an `arena.jsonl`, or the `ablation.json` of `lshv2.ablation`. Nothing is computed here: a cell
+is what a file says (of an arena: averaged over seeds), or why it says nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lshv2.ablation.summary import ranking, table
+from lshv2.arena_results import NEEDLES, PICTURE, find_arenas, read_arena
+from lshv2.arena_targets import arena_targets
+from lshv2.arena_views import score_table
 from lshv2.errors import UserError
-from lshv2.operator_results import NAMES, OperatorResult, find_operator_results, read_operator, shown, verdict
+from lshv2.operator_results import NAMES, Target, find_operator_results, read_operator, shown, verdict
 from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
@@ -29,11 +33,14 @@ COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latenc
 
 
 def results(runs: Path) -> str:
-    """Markdown for every reference run below `runs` that has a benchmark, then every ablation; else `NONE_YET`."""
+    """Markdown for every reference below `runs`: arenas, the operator, training, benchmarks, ablations; else
+    `NONE_YET`."""
     entries = sorted((entry for entry in find_runs(runs)[0] if entry.reference), key=lambda entry: entry.key)
     ablations = sorted(path.parent for path in runs.glob("reference-*/*/ablation.json"))
     operators = [folder for folder in find_operator_results(runs) if folder.parent.name.startswith("reference-")]
-    parts = [part for folder in operators if (part := _operator(folder, folder.relative_to(runs).as_posix()))]
+    arenas = [folder for folder in find_arenas(runs) if folder.parent.name.startswith("reference-")]
+    parts = [part for folder in arenas if (part := _arena(folder, folder.relative_to(runs).as_posix()))]
+    parts += [part for folder in operators if (part := _operator(folder, folder.relative_to(runs).as_posix()))]
     trainings = sorted(path.parent for path in runs.glob("reference-*/*/training.json"))
     parts += [_training(folder, folder.relative_to(runs).as_posix()) for folder in trainings]
     parts += [part for entry in entries if (part := _part(entry))]
@@ -132,20 +139,42 @@ def _operator(folder: Path, key: str) -> str | None:
         shown = [f"{ms:,.4g}" if ms < 1000 else f"{ms:,.0f}" if math.isfinite(ms) else "not measured" for ms in times]
         factor = factors.get(row.seq_len, math.nan)
         lines.append([f"{row.seq_len:,}", *shown, f"{factor:.2f} ×" if math.isfinite(factor) else "not measured"])
-    return "\n\n".join([head, _markdown(lines), *_operator_targets(result), *_picture(folder, key)])
+    return "\n\n".join([head, _markdown(lines), *_targets(result.targets),
+                         *_picture(folder, key, "attention.png", "time, speed-up and parts by length")])
 
 
-def _operator_targets(result: OperatorResult) -> list[str]:
+def _targets(targets: Sequence[Target], detailed: bool = False) -> list[str]:
+    """Detailed: with how a value was measured behind it."""
     lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
-    for target in result.targets:
+    for target in targets:
         value = shown(target.value, target.unit) if math.isfinite(target.value) else target.detail
+        if detailed and math.isfinite(target.value) and target.detail:
+            value += f" ({target.detail})"
         lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
-    return [_markdown(lines)] if result.targets else []
+    return [_markdown(lines)] if targets else []
 
 
-def _picture(folder: Path, key: str) -> list[str]:
-    name = "attention.png"
-    return [f"![time, speed-up and parts by length](runs/{key}/{name})"] if (folder / name).is_file() else []
+def _picture(folder: Path, key: str, name: str, words: str) -> list[str]:
+    return [f"![{words}](runs/{key}/{name})"] if (folder / name).is_file() else []
+
+
+def _arena(folder: Path, key: str) -> str | None:
+    """What the twins get right by length, the targets, the pictures."""
+    arena, _ = read_arena(folder)
+    if arena is None:
+        return None
+    device, torch, commits = (", ".join(arena.origins(name)) for name in ("device", "torch", "commit"))
+    head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
+            f"{_made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
+            "measured. Chance and the best shortcut, a rule without a model: where they reach most.")
+    cells = score_table(arena)
+    rules = ["---", "---", *["---:"] * (len(cells[0]) - 3), "---"]
+    return "\n\n".join([
+        head, _markdown([cells[0], rules, *cells[1:]]),
+        *_targets(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
+        *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
+        *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
+    ])
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -1,8 +1,8 @@
 """Run folders as the phases write them, at any size: what the reader and dashboard tests look at.
 
 Files follow `runs/README.md`; settings come from `open_run`, exponents from `fit_power`, every other figure from a
-small cost or learning model with seeded noise. Nothing here is a measurement but the operator's benchmark, which really
-runs, at a size that says nothing.
+small cost or learning model with seeded noise, the arena's from `example_arena`. Nothing here is a measurement but the
+operator's benchmark, which really runs, at a size that says nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from example_arena import arena_rows, write_arena
 
 from lshv2.benchmark.attention import main as operator_benchmark
 from lshv2.runs import PHASES, Run, open_run, write_json
@@ -210,6 +211,7 @@ def example_runs(root: Path) -> Path:
     done_run(root / "reference-h200" / "full", seed=1, device="cuda", gpu="NVIDIA H200", steps=2000,
              overrides={"benchmark.sequence_lengths": [2**n for n in range(10, 18)]})
     running_run(root / "quick-seed-1")
+    write_arena(root / "quick", arena_rows())
     out = root / "reference-cpu" / "attention" / "attention.json"
     operator_benchmark(["--quick", "--lengths", "160", "96", "--samples", "1", "--out", str(out)])
     return root

@@ -11,9 +11,11 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from example_arena import arena_rows, write_arena
 from example_runs import done_run, example_runs
 from streamlit.testing.v1 import AppTest
 
@@ -23,8 +25,8 @@ from lshv2.runs import append_jsonl, repo_root
 from lshv2.scaling import fit_power
 
 DASHBOARD = repo_root() / "dashboard"
-VIEWS = ("overview", "training", "components", "scaling", "operator", "settings", "logs")
-CHARTS = {"training": 8, "components": 1, "scaling": 2, "operator": 3}
+VIEWS = ("overview", "training", "components", "scaling", "arena", "operator", "settings", "logs")
+CHARTS = {"training": 8, "components": 1, "scaling": 2, "arena": 3, "operator": 3}
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +102,10 @@ def test_the_operator_is_shown_with_its_targets_and_reasons(root: Path) -> None:
     assert reasons["160", "dense, cuDNN"] == "only timed on cuda"
     hurt = {line["bucket ids"]: line["over uniform"] for line in table(app, "over uniform")}
     assert len(hurt) == 14 and hurt["uniform"] == hurt["uniform, one table"] == "1 ×"
-    drawn = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
-    assert {trace["name"] for trace in drawn[0]["data"]} == {"LSH", "LSH, clustered data", "LSH, inverted file",
+    charts = drawn(app)
+    assert {trace["name"] for trace in charts[0]["data"]} == {"LSH", "LSH, clustered data", "LSH, inverted file",
                                                         "inverted file, clustered data", "dense, SDPA"}
-    parts = {trace["name"] for trace in drawn[2]["data"]}
+    parts = {trace["name"] for trace in charts[2]["data"]}
     assert {"forward: hashing", "forward: bucket_attn", "backward: other"} <= parts
     app.segmented_control(key="layout").set_value("batch 1, CUDA graph").run()
     assert not app.exception and len(app.get("plotly_chart")) == 2
@@ -117,6 +119,78 @@ def test_the_first_operator_file_and_a_broken_one_still_draw(root: Path) -> None
     assert "written before there were targets" in app.info[0].value and len(app.get("plotly_chart")) == 2
     path.write_bytes(BROKEN["torn"])
     assert "reference-cpu/attention: attention.json " in warnings(page("operator"))
+
+
+def drawn(app: AppTest) -> list[dict[str, Any]]:
+    return [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
+
+
+def test_the_arena_shows_twins_chance_shortcuts_and_targets(root: Path) -> None:
+    app = page("arena", "quick")
+    by_length, by_gap, by_keys = drawn(app)
+    lines = {trace["name"]: trace["x"] for trace in by_length["data"] if trace.get("name")}
+    assert lines["LSH"] == [1024, 4096, 16_384, 131_072] and lines["dense"] == [1024, 4096, 16_384], "out of memory"
+    assert {"window only", "chance 0.024 %", "best shortcut 0.098 %: guess a value shown"} <= set(lines)
+    assert by_length["layout"]["annotations"][0]["text"] == "trained at 2k"
+    assert [trace["name"] for trace in by_gap["data"]] == ["LSH", "window only"], "dense has nothing at 131,072"
+    keys = {trace["name"]: trace["x"] for trace in by_keys["data"]}
+    assert keys["LSH, rounds 4"] == [128, 192, 320] and keys["LSH, rounds 1"] == [96] and keys["dense"] == [96, 320]
+    cells = next(row for row in table(app, "evaluated") if (row["model"], row["tokens"]) == ("dense", "131,072"))
+    assert (cells["seeds"], cells["status"], cells["mean"]) == ("0", "out of memory", "—")
+    assert cells["best shortcut"] == "0.098 % (guess a value shown)" and cells["chance"] == "0.024 %"
+    tasks = {row["task"]: (row["LSH"], row["best shortcut"]) for row in table(app, "window only")}
+    assert tasks["my_own_task"] == ("96.8 % (96.4 to 97.2 %)", "60.0 % (guess a value shown)") and len(tasks) == 7
+    said = {row["target"]: row["result"] for row in table(app, "stretch")}
+    assert said["induction heads, trained at 256, at 131,072"] == "✔ met" and len(said) == 17
+    assert said["passkey, every depth and length to 131,072"] == "✖ missed" and said["ListOps"] == "· not measured"
+
+
+@pytest.mark.parametrize("task, charts", {"passkey": 4, "variable_tracking": 2, "bytes": 3, "my_own_task": 1}.items())
+def test_every_task_of_the_arena_draws_what_it_has(root: Path, task: str, charts: int) -> None:
+    app = page("arena", "quick")
+    app.selectbox(key="task").set_value(task).run()
+    assert not app.exception and len(app.get("plotly_chart")) == charts
+    app.selectbox(key=f"arena length {task}").set_value(1024).run()
+    assert not app.exception and len(app.get("plotly_chart")) == charts
+    if task == "passkey":
+        assert [(len(chart["data"][0]["y"]), chart["data"][0]["x"]) for chart in drawn(app)[1:]] == [
+            (10, ["1k", "4k", "16k", "128k"])] * 3, "a map a model, with an empty column where there was no memory"
+    if task == "bytes":
+        assert drawn(app)[0]["layout"]["yaxis"]["range"][1] < 3, "chance does not press the curves flat"
+
+
+def test_a_run_without_an_arena_says_how_to_make_one(root: Path) -> None:
+    app = page("arena", "big-batch", "quick-small-buckets", "reference-h200/full")
+    said = [box.value.replace("\\", "") for box in app.info]
+    assert said[0] == "**big-batch has no arena yet.** Measure it with `make arena RUN=big-batch`."
+    assert "`make arena RUN=quick-small-buckets`" in said[1] and "`make arena RUN=name`" in said[2]
+    assert app.selectbox(key="arena").options == ["quick"], "another run's is offered"
+    (root / "quick" / "arena.jsonl").unlink()
+    app = page("arena", "big-batch")
+    assert len(app.info) == 1 and not app.get("plotly_chart") and not app.selectbox
+
+
+def test_a_growing_or_broken_arena_still_draws(root: Path) -> None:
+    path = root / "quick" / "arena.jsonl"
+    app = page("arena", "quick")
+    write_arena(root / "quick", [{**arena_rows()[0], "task": "<b>new</b>", "by": {"<i>": {"<u>": 0.5}}}])
+    app.run()
+    assert "<b>new</b>" in app.selectbox(key="task").options
+    app.selectbox(key="task").set_value("<b>new</b>").run()
+    assert not app.exception and "<i>" not in str(drawn(app)[1]["layout"])
+    path.write_bytes(b'{"task": 1}\n' + path.read_bytes() + b'{"task": "mq')
+    app = page("arena", "quick")
+    assert "quick: arena.jsonl 1 of " in warnings(app) and len(app.get("plotly_chart")) == 3
+    path.write_bytes(b"{}\n")
+    assert "have no task, model or seq_len" in warnings(page("arena", "quick"))
+
+
+def test_length_axes_tick_powers_of_two_and_keep_the_points(root: Path) -> None:
+    from ui.style import figure, length_axis
+
+    chart = figure("tokens", "ms", log_x=True)
+    length_axis(chart, [32_768, 49_152, 65_536, 98_304, 131_072])
+    assert chart.layout.xaxis.ticktext == ("32k", "64k", "128k")
 
 
 def test_the_list_shows_state_device_and_figures(root: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from example_arena import arena_rows, write_arena
 from example_runs import example_runs
 
 from lshv2.runs import append_jsonl, repo_root
@@ -21,8 +22,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run"]
 CHART, TABLE, ERROR = ".js-plotly-plot svg.main-svg", "[data-testid=stDataFrame] canvas", "[data-testid=stException]"
-PAGES = {"Overview": TABLE, "Training": CHART, "Components": CHART, "Scaling": CHART, "Operator": CHART,
-         "Settings": TABLE, "Logs": "[data-testid=stCode]"}
+PAGES = {"Overview": TABLE, "Training": CHART, "Components": CHART, "Scaling": CHART, "Arena": CHART,
+         "Operator": CHART, "Settings": TABLE, "Logs": "[data-testid=stCode]"}
 
 if CHROMIUM is None and os.environ.get("CI") != "true":
     pytest.skip("no chromium", allow_module_level=True)
@@ -90,5 +91,14 @@ def test_pages_draw_and_grow_by_themselves(server: tuple[str, Path]) -> None:
         expect(ticks.filter(has_text="1000")).to_have_count(1, timeout=8_000)
         assert curve.count() >= 4 and page.locator(ERROR).count() == 0
         assert page.evaluate("window.loadedOnce"), "the page was reloaded"
+
+        page.get_by_test_id("stSidebarNavLink").filter(has_text="Arena").click()
+        page.locator(".st-key-chart-arena-length .xtick text").filter(has_text="128k").wait_for()
+        write_arena(runs / "quick", [{**arena_rows()[0], "task": "a_new_task"}])
+        page.wait_for_timeout(3_000)  # a redraw and a half
+        page.locator(".st-key-task input").click()
+        page.get_by_role("option", name="a_new_task").click()
+        expect(page.get_by_role("heading", name="a_new_task", exact=True)).to_be_visible()
+        assert page.locator(ERROR).count() == 0
         assert [url for url in elsewhere if not url.startswith(("data:", "blob:", "ws://127.0.0.1"))] == []
         browser.close()

@@ -97,7 +97,7 @@ def test_imports_point_one_way() -> None:
 WITHOUT_TORCH = (
     "lshv2.config", "lshv2.presets", "lshv2.sizes", "lshv2.runs", "lshv2.progress", "lshv2.readers", "lshv2.curves",
     "lshv2.run_state", "lshv2.flags", "lshv2.plots", "lshv2.scaling", "lshv2.machine", "lshv2.environment",
-    "lshv2.runner", "lshv2.readme", "lshv2.__main__",
+    "lshv2.runner", "lshv2.arena_plots", "lshv2.arena_targets", "lshv2.readme", "lshv2.__main__",
 )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import streamlit as st
 
+from lshv2 import arena_results, operator_results
+from lshv2.arena_results import read_arena
 from lshv2.curves import read_training
-from lshv2.operator_results import FILE, read_operator
+from lshv2.operator_results import read_operator
 from lshv2.readers import read_benchmark, read_manifest, read_profile, read_settings
 from lshv2.run_state import Entry
 from lshv2.tolerant import Problem, Problems, refusal
@@ -21,7 +23,8 @@ FILES: dict[Reader, tuple[str, ...]] = {
     read_profile: ("component_profiles.json",),
     read_benchmark: ("benchmark_summary.json",),
     read_manifest: ("pipeline_results.json",),
-    read_operator: (FILE,),
+    read_operator: (operator_results.FILE,),
+    read_arena: (arena_results.FILE,),
 }
 READERS = {reader.__name__: reader for reader in FILES}
 WRITTEN_BY = {"metrics.jsonl": "03_train", "training_metrics.json": "03_train", "component_profiles.json": "03_train",

@@ -55,12 +55,17 @@ def selected() -> list[Entry]:
                 "has begun, and its curves grow while it trains.", icon=":material/science:")
         live(lambda: None)  # draws nothing, sees the first run come
         st.stop()
-    by_key = {entry.key: entry for entry in entries}
-    chosen = [by_key[key] for key in st.session_state.get("runs", []) if key in by_key]
+    chosen = chosen_runs()
     if not chosen:
         st.info("Choose one or more runs in the sidebar.", icon=":material/checklist:")
         st.stop()
     return chosen
+
+
+def chosen_runs() -> list[Entry]:
+    """The runs chosen in the sidebar, in their order; there may be none."""
+    by_key = {entry.key: entry for entry in st.session_state["entries"]}
+    return [by_key[key] for key in st.session_state.get("runs", []) if key in by_key]
 
 
 def looks(entries: list[Entry]) -> dict[str, Look]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 import streamlit as st
+
+from lshv2.axes import length_ticks
+from lshv2.operator_results import Target, verdict
 
 # Okabe and Ito's colour-blind-safe set without its yellow and black (lost on white and on dark grounds), and two of
 # Paul Tol's that keep their distance to them.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#AA3377", "#999999")
 DASHES = ("solid", "dash", "dot")  # a second and third round through the palette
 GREY = "#8A8A8A"
+MARKS = {"missed": "✖", "not measured": "·"}  # of a target; else met
 MAX_ROWS = 30  # a longer table scrolls
 STATE_WORDS = {
     "ok": "✔ ok", "done": "✔ done", "running": "▶ running", "failed": "✖ failed", "partial": "◐ partial",
@@ -57,10 +62,9 @@ def show(chart: go.Figure, key: str, alt: str) -> None:
 
 
 def length_axis(chart: go.Figure, lengths: list[int]) -> None:
-    """Tick exactly the measured lengths, written 1k, 2k, ... 128k."""
-    ticks = sorted(set(lengths))
-    labels = [f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n) for n in ticks]
-    chart.update_xaxes(tickmode="array", tickvals=ticks, ticktext=labels)
+    """Tick the measured powers of two, written 1k, 2k, ... 128k."""
+    ticks = length_ticks(lengths)
+    chart.update_xaxes(tickmode="array", tickvals=list(ticks), ticktext=list(ticks.values()))
 
 
 def quantity(value: float, unit: str = "", digits: int = 4) -> str:
@@ -91,6 +95,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def judged(targets: Sequence[Target]) -> list[dict[str, str]]:
+    """Rows of a table of targets."""
+    rows = []
+    for target in targets:
+        said = verdict(target)
+        rows.append({"target": target.name, "at least": target.target or "—", "stretch": target.stretch or "—",
+                     "measured": quantity(target.value, target.unit), "result": f"{MARKS.get(said, '✔')} {said}",
+                     "how": target.detail or "—"})
+    return rows
 
 
 def table(rows: list[dict[str, Any]], key: str) -> None:

@@ -4,7 +4,7 @@ import streamlit as st
 from ui.data import Noted, downloads, read
 from ui.operator_charts import LAYOUTS, breakdown_chart, speedup_chart, time_chart
 from ui.page import notices
-from ui.style import plain, quantity, show, table
+from ui.style import judged, plain, quantity, show, table
 
 from lshv2.operator_results import (
     FILE,
@@ -14,13 +14,11 @@ from lshv2.operator_results import (
     OperatorRow,
     find_operator_results,
     read_operator,
-    verdict,
 )
 from lshv2.run_state import Entry
 from lshv2.runs import runs_root
 from lshv2.tolerant import NAN
 
-MARKS = {"missed": "✖", "not measured": "·"}
 PARTS = {"forward + backward": "both", "forward": "forward", "backward": "backward"}
 
 st.title("Operator")
@@ -44,13 +42,7 @@ def targets(result: OperatorResult) -> None:
     if not result.targets:
         st.info("Not judged: this file was written before there were targets.")
         return
-    rows = []
-    for target in result.targets:
-        said = verdict(target)
-        rows.append({"target": target.name, "at least": target.target or "—", "stretch": target.stretch or "—",
-                     "measured": quantity(target.value, target.unit), "result": f"{MARKS.get(said, '✔')} {said}",
-                     "how": target.detail or "—"})
-    table(rows, "operator targets")
+    table(judged(result.targets), "operator targets")
     st.caption("Derived by the benchmark from its rows: medians of forward + backward of the whole operator (hashing "
                "and sorting included) against the fastest dense backend of the same row.")
 

@@ -1,0 +1,159 @@
+"""The numbers to reach, judged from an arena and from the benchmark of the same run.
+
+    for target in arena_targets(arena.summaries, benchmark): target.name, target.value, verdict(target), target.detail
+
+Accuracies are means over seeds, in %, as the model was trained (nothing changed at evaluation but for duplication's
+rounds); `detail` names the seeds and the lowest of them. Met is said only of what was measured as far as the target
+goes; missed as soon as one measured value misses it. What is not there is not measured, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lshv2.arena_results import TASKS, Summary, label_place
+from lshv2.arena_views import trained_to
+from lshv2.operator_results import Target
+from lshv2.readers import Benchmark, Fit
+from lshv2.tolerant import NAN
+
+LONGEST = 131_072
+NEEDLES = ("passkey", "kv_needle", "uuid_needle")
+ROUNDS = {1: (90, 99), 2: (99, 100), 4: (99.9, 100), 8: (100, 100)}  # duplication: at least, stretch
+Summaries = Sequence[Summary]
+
+
+def arena_targets(summaries: Summaries, benchmark: Benchmark | None) -> list[Target]:
+    """In the order of the list of targets; a target on a family of tasks is judged for each of them."""
+    plain = [s for s in summaries if not s.setting]
+    found = [_against_dense(plain, task) for task in ("mqar", "mqar_dense_pairs")]
+    found += [_reached(plain, task, LONGEST, 95, 99, f"trained to 2,048 at most, at {LONGEST:,}", longest_trained=2048)
+              for task in ("mqar", "mqar_dense_pairs")]
+    found.append(_reached(plain, "induction", LONGEST, 95, 100, f"trained at 256, at {LONGEST:,}", longest_trained=256))
+    found += [_reached(plain, task, 4096, 99, 99.9, "at 4,096")
+              for task in ("selective_copying", "selective_copying_dense")]
+    found += [_needle(plain, task) for task in NEEDLES]
+    found.append(_reached(plain, "listops", None, 50, 60, ""))
+    found += [_duplication(summaries, rounds) for rounds in ROUNDS]
+    return [*found, *_scaling(benchmark)]
+
+
+def _lengths(summaries: Summaries, task: str, model: str, longest_trained: float = math.inf) -> dict[int, Summary]:
+    mine = trained_to([s for s in summaries if (s.task, s.model) == (task, model)], longest_trained)
+    return {s.seq_len: s for s in mine}
+
+
+def _judge(name: str, sign: str, least: float, stretch: float, value: float, unit: str, detail: str,
+           complete: bool = True) -> Target:
+    """`complete`: measured as far as the target goes, so that it can be met and not only missed."""
+    def passed(bound: float) -> bool | None:
+        if math.isnan(value):
+            return None
+        good = value >= bound if sign == "≥" else value <= bound
+        return good if complete or not good else None
+
+    at_least, at_best = (f"{sign} {bound:g} {unit}".rstrip() for bound in (least, stretch))
+    return Target(name, at_least, at_best, value, unit, passed(least), passed(stretch), detail)
+
+
+def _percent(value: float) -> float:
+    """Rounded down, so that nothing below 100 % is shown as it."""
+    return NAN if math.isnan(value) else math.floor(round(100 * value, 6) * 100) / 100
+
+
+def _seeds(summary: Summary) -> str:
+    seeds = f"{summary.seeds} seed{'' if summary.seeds == 1 else 's'}"
+    return f"{seeds}, the lowest {_percent(summary.low):g} %" if summary.seeds > 1 else seeds
+
+
+def _missing(summary: Summary | None) -> str:
+    return summary.status if summary is not None else "not run"
+
+
+def _reached(summaries: Summaries, task: str, length: int | None, least: float, stretch: float, where: str,
+             longest_trained: float = math.inf) -> Target:
+    """LSH's accuracy at this length; None: the longest measured."""
+    mine = _lengths(summaries, task, "lsh", longest_trained)
+    found = mine.get(length if length is not None else max(mine, default=0))
+    name = f"{TASKS[task]}, {where}" if where else TASKS[task]
+    if found is None or not found.seeds:
+        return _judge(name, "≥", least, stretch, NAN, "%", _missing(found))
+    detail = _seeds(found) if length is not None else f"{_seeds(found)}, at {found.seq_len:,}"
+    return _judge(name, "≥", least, stretch, _percent(found.mean), "%", detail)
+
+
+def _against_dense(summaries: Summaries, task: str) -> Target:
+    """The largest lead of dense over LSH, in points, over every length where dense has a value."""
+    name = f"{TASKS[task]}, dense − LSH, every length where dense fits"
+    of_task = [s for s in summaries if s.task == task]
+    trained = [{s.trained_len for s in of_task if s.model == model} for model in ("lsh", "dense")]
+    alike = trained_to([s for s in of_task if s.trained_len in trained[0] & trained[1]])
+    lsh, dense = ({s.seq_len: s for s in alike if s.model == model and s.seeds} for model in ("lsh", "dense"))
+    leads = {length: round(100 * (dense[length].mean - lsh[length].mean), 6) for length in dense if length in lsh}
+    if not leads:
+        return _judge(name, "≤", 1, 0, NAN, "points", "no length with both")
+    worst = max(leads, key=lambda length: (leads[length], length))
+    left = sorted(dense.keys() - lsh.keys())
+    detail = f"worst at {worst:,} of {len(leads)} lengths, {dense[worst].seeds} and {lsh[worst].seeds} seeds"
+    detail += f"; LSH has no value at {', '.join(f'{length:,}' for length in left)}" if left else ""
+    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete=not left)
+
+
+def _needle(summaries: Summaries, task: str) -> Target:
+    """The lowest depth of any length; met only where it was measured up to LONGEST, depth by depth."""
+    name = f"{TASKS[task]}, every depth and length to {LONGEST:,}"
+    every = _lengths(summaries, task, "lsh")
+    cells = {(length, depth): score for length, s in every.items() if length <= LONGEST
+             for depth, score in s.by.get("depth", {}).items()}
+    if not cells:
+        return _judge(name, "≥", 98, 100, NAN, "%", "no accuracy by depth")
+    length, depth = min(cells, key=lambda cell: (cells[cell], -cell[0], label_place(cell[1])))
+    lengths = {length for length, _ in cells}
+    gaps = [n for n, s in every.items() if n <= LONGEST and n not in lengths]
+    detail = f"worst at {length:,}, depth {depth}; {len(cells)} cells of {len(lengths)} lengths to {max(lengths):,}"
+    detail += f"; no depths at {', '.join(f'{gap:,}' for gap in sorted(gaps))}" if gaps else ""
+    worst = _percent(cells[length, depth])
+    return _judge(name, "≥", 98, 100, worst, "%", detail, complete=max(lengths) >= LONGEST and not gaps)
+
+
+def _duplication(summaries: Summaries, rounds: int) -> Target:
+    """At 1,024 tokens, of a model trained with 4 rounds, by the rounds of the evaluation."""
+    least, stretch = ROUNDS[rounds]
+    name = f"{TASKS['duplication']}, 1,024 tokens, 4 rounds trained, {rounds} evaluated"
+    mine = trained_to([s for s in summaries if (s.task, s.model, s.seq_len) == ("duplication", "lsh", 1024)])
+    as_trained = [s for s in mine if not s.setting]
+    if as_trained and as_trained[0].get("rounds") != 4:
+        return _judge(name, "≥", least, stretch, NAN, "%", "not trained with 4 rounds")
+    found = [s for s in mine if s.setting == f"rounds={rounds}"] or (as_trained if rounds == 4 else [])
+    if not found or not found[0].seeds:
+        return _judge(name, "≥", least, stretch, NAN, "%", _missing(found[0] if found else None))
+    return _judge(name, "≥", least, stretch, _percent(found[0].mean), "%", _seeds(found[0]))
+
+
+def _scaling(benchmark: Benchmark | None) -> list[Target]:
+    """The whole model's exponents, from the benchmark's own fits where those span 16,384 to LONGEST on an H200."""
+    time, time_said = _fit(benchmark, "train_latency")
+    memory, memory_said = _fit(benchmark, "memory")
+    beta = memory.exponent if memory else NAN
+    least, stretch = (low <= beta <= high if memory else None for low, high in ((0.95, 1.05), (0.98, 1.02)))
+    return [
+        _judge("whole model, α over 16k to 131k, upper 95 % bound", "≤", 1.15, 1.05, time.high if time else NAN, "",
+               time_said),
+        Target("whole model, β over 16k to 131k", "0.95 to 1.05", "0.98 to 1.02", beta, "", least, stretch,
+               memory_said),
+    ]
+
+
+def _fit(benchmark: Benchmark | None, measure: str) -> tuple[Fit | None, str]:
+    """LSH's fit where it can be judged, and what to say of it."""
+    fit = benchmark.fits.get(("lsh", measure)) if benchmark else None
+    if benchmark is None or fit is None:
+        return None, "no fit in this run's benchmark"
+    if "H200" not in benchmark.device:
+        return None, f"measured on {benchmark.device}"
+    if fit.min_seq_len < 16_384 or fit.max_seq_len < LONGEST:
+        return None, f"fitted over {fit.min_seq_len:,.0f} to {fit.max_seq_len:,.0f} tokens"
+    if not math.isfinite(fit.high):
+        return None, "no interval: two lengths"
+    return fit, f"exponent {fit.exponent:.3f}, 95 % interval {fit.low:.3f} to {fit.high:.3f}"

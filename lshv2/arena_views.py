@@ -1,0 +1,116 @@
+"""An arena as pictures, dashboard and README show it: which results join to a line, what needs no model, the wording.
+
+    for name, line in lines(arena.of("mqar")).items(): plot([s.seq_len for s in line], [s.mean for s in line], name)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lshv2.arena_results import ACCURACY, BITS, MODELS, TASKS, Arena, Summary, mean, place
+from lshv2.tolerant import NAN
+
+
+def trained_to(summaries: Sequence[Summary], longest: float = math.inf) -> list[Summary]:
+    """Those of the longest trained length up to `longest`; of an unknown one only where any will do."""
+    known = {s.trained_len for s in summaries if s.trained_len <= longest}
+    if known:
+        return [s for s in summaries if s.trained_len == max(known)]
+    return list(summaries) if longest == math.inf else []
+
+
+def lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Name -> what one line joins, by length: a line a model, and a trained length where there are several."""
+    several = len({s.trained_len for s in summaries if math.isfinite(s.trained_len)}) > 1
+    found: dict[str, list[Summary]] = {}
+    for s in sorted(summaries, key=lambda s: (place(MODELS, s.model), s.seq_len)):
+        trained = f", trained at {s.trained_len:,.0f}" if several and math.isfinite(s.trained_len) else ""
+        found.setdefault(MODELS.get(s.model, s.model) + trained, []).append(s)
+    return found
+
+
+@dataclass(frozen=True)
+class Level:
+    """What needs no model at one length: guessing, and the strongest shortcut."""
+
+    seq_len: int
+    chance: float
+    name: str
+    shortcut: float
+
+
+def levels(summaries: Sequence[Summary]) -> list[Level]:
+    """Of one task by length, over all its models and settings."""
+    found = []
+    for length in sorted({s.seq_len for s in summaries}):
+        here = [s for s in summaries if s.seq_len == length]
+        best = min if here[0].metric == BITS else max
+        known = [s.shortcut for s in here if s.shortcuts]
+        name, shortcut = best(known, key=lambda item: item[1], default=("", NAN))
+        found.append(Level(length, mean(s.chance for s in here), name, shortcut))
+    return found
+
+
+def quality_lengths(summaries: Sequence[Summary]) -> list[int]:
+    """Lengths of one task at which LSH was evaluated with different numbers of keys a query."""
+    seen: dict[int, set[float]] = {}
+    for s in summaries:
+        if s.model == "lsh" and s.seeds and s.get("keys_a_query") > 0:
+            seen.setdefault(s.seq_len, set()).add(s.get("keys_a_query"))
+    return sorted(length for length, keys in seen.items() if len(keys) > 1)
+
+
+def shown_score(value: float, metric: str) -> str:
+    """`99.1 %`, or `1.234` of bits per byte; "" where not measured. Nothing below 100 % is rounded to it."""
+    if not math.isfinite(value):
+        return ""
+    if metric != ACCURACY:
+        return f"{value:.3f}"
+    percent = 100 * value
+    if 99.9 < percent < 100:
+        return f"{math.floor(100 * percent) / 100:.2f} %"
+    digits = "2g" if percent < 1 else "0f" if percent == 100 else "1f"
+    return f"{percent:.{digits}} %"
+
+
+def spread(summary: Summary) -> str:
+    """`99.1 % (98.2 % to 99.9 %)`: mean, lowest and highest seed; without the range where it shows nothing."""
+    middle, low, high = (shown_score(value, summary.metric) for value in (summary.mean, summary.low, summary.high))
+    return middle if low == high else f"{middle} ({low.removesuffix(' %')} to {high})"
+
+
+def score_table(arena: Arena) -> list[list[str]]:
+    """Cells with their heading: a line a task and model as trained, a column a length, chance and best shortcut."""
+    as_trained = [s for s in arena.summaries if not s.setting]
+    lengths = sorted({s.seq_len for s in as_trained})
+    table = [["task", "model", "seeds", *(f"{length:,}" for length in lengths), "chance", "best shortcut"]]
+    for task in arena.tasks:
+        mine = arena.of(task)
+        for n, (name, line) in enumerate(lines(mine).items()):
+            cells = {s.seq_len: spread(s) or s.status for s in line}
+            seeds = sorted({s.seeds for s in line if s.seeds} or {0})
+            told = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+            table.append(["" if n else _named(mine), name, told, *(cells.get(length, "–") for length in lengths),
+                          *(("", "") if n else _extremes(mine))])
+    return table
+
+
+def _named(task: Sequence[Summary]) -> str:
+    name = TASKS.get(task[0].task, task[0].task)
+    trained = {s.trained_len for s in task if math.isfinite(s.trained_len)}
+    about = ["bits per byte"] * (task[0].metric == BITS)
+    about += [f"trained at {length:,.0f}" for length in trained if len(trained) == 1]
+    return ", ".join([name, *about])
+
+
+def _extremes(task: Sequence[Summary]) -> tuple[str, str]:
+    """Chance and shortcut at the length where they reach most."""
+    found, metric = levels(task), task[0].metric
+    best = min if metric == BITS else max
+    chances = [level.chance for level in found if math.isfinite(level.chance)]
+    shortcuts = [(level.shortcut, level.name) for level in found if level.name]
+    value, name = best(shortcuts, default=(NAN, ""))
+    chance = shown_score(best(chances), metric) if chances else "–"
+    return chance, f"{shown_score(value, metric)} ({name})" if name else "–"

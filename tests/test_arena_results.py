@@ -1,0 +1,174 @@
+"""The arena's lines as reader, pictures and README take them: seeds averaged, later lines count, nothing is fatal."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_arena import arena_rows, write_arena
+
+from lshv2 import readme
+from lshv2.arena_plots import draw_arena, draw_needles, write_pictures
+from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
+from lshv2.arena_views import levels, lines, quality_lengths, shown_score, spread
+from lshv2.errors import UserError
+from lshv2.runs import append_jsonl, write_json
+
+ROW = {"task": "mqar", "model": "lsh", "seed": 0, "setting": "", "seq_len": 1024, "status": "ok", "trained_len": 512,
+       "metric": "accuracy", "value": 0.5, "chance": 0.25}
+
+
+def arena(folder: Path, *rows: dict[str, Any]) -> Arena:
+    content, problems = read_arena(write_arena(folder, list(rows)))
+    assert content is not None and not problems, problems
+    return content
+
+
+def test_seeds_are_averaged_with_their_spread(tmp_path: Path) -> None:
+    by = ({"0.111": 0.2, "0.0": 0.4}, {"0.0": 0.8})
+    rows = [{**ROW, "seed": n, "value": value, "by": {"depth": depths}, "shortcuts": {"a": 0.1 * n, "b": 0.3}}
+            for n, (value, depths) in enumerate(zip((0.5, 0.8), by, strict=True))]
+    (s,) = arena(tmp_path, *rows).summaries
+    assert (s.seeds, s.mean, s.low, s.high, s.chance) == (2, pytest.approx(0.65), 0.5, 0.8, 0.25)
+    assert list(s.by["depth"].items()) == [("0.0", pytest.approx(0.6)), ("0.111", 0.2)], "in the order of the numbers"
+    assert s.shortcut == ("b", 0.3) and spread(s) == "65.0 % (50.0 to 80.0 %)"
+
+
+def test_labels_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    labels = ["late", "10", "9", "4096-8191", "0.5", "16384-32767"]
+    (s,) = arena(tmp_path, {**ROW, "by": {"gap": dict.fromkeys(labels, 0.5)}}).summaries
+    assert list(s.by["gap"]) == ["0.5", "9", "10", "4096-8191", "16384-32767", "late"]
+
+
+def test_a_later_line_replaces_the_earlier(tmp_path: Path) -> None:
+    nowhere = {**ROW, "trained_len": None}
+    kept = arena(tmp_path, ROW, {**ROW, "value": 0.9}, {**ROW, "value": 0.1, "trained_len": 1024},
+                 {**ROW, "value": 0.2, "setting": "rounds=1"}, nowhere, nowhere)
+    assert len(kept.rows) == 4
+    assert {(s.trained_len, s.setting): s.mean for s in kept.summaries if s.trained_len > 0} == {
+        (512, ""): 0.9, (512, "rounds=1"): 0.2, (1024, ""): 0.1}
+    assert list(lines(kept.of("mqar"))) == ["LSH", "LSH, trained at 512", "LSH, trained at 1,024"]
+
+
+def test_the_summary_is_strict_json_and_says_what_has_no_value() -> None:
+    rows = [ROW, {**ROW, "model": "dense", "status": "out of memory", "value": None, "chance": None}]
+    want = {"task": "mqar", "model": "lsh", "setting": "", "trained_len": 512, "seq_len": 1024, "metric": "accuracy",
+            "seeds": 1, "mean": 0.5, "low": 0.5, "high": 0.5, "chance": 0.25}
+    assert summarise(rows) == [want, {**want, "model": "dense", "seeds": 0, **dict.fromkeys(
+        ("mean", "low", "high", "chance"))}]
+    json.dumps(summarise(arena_rows()), allow_nan=False)
+    assert summarise([]) == []
+
+
+def test_a_value_of_a_row_that_is_not_ok_does_not_count(tmp_path: Path) -> None:
+    s = arena(tmp_path, {**ROW, "status": "timeout"}).summaries[0]
+    assert s.seeds == 0 and math.isnan(s.mean) and s.status == "timeout"
+
+
+@pytest.mark.parametrize("line, said", [
+    (b'{"task": "mqar"', "line 2 is broken"), (b"[1, 2]", "line 2 is broken"), (b"[" * 100_000, "line 2 is broken"),
+    (b'{"task": 7, "model": "lsh", "seq_len": 1}', "1 of 3 lines have no task, model or seq_len"),
+    (b'{"task": "mqar", "model": "lsh", "seq_len": "long"}', "1 of 3 lines have no task, model or seq_len"),
+    (b'{"task": "mqar", "model": "lsh", "seq_len": 8, "value": "0.5"}', "1 of 3 lines are ok and have no value"),
+    (b'{"task": "mqar", "model": "lsh", "seq_len": 8, "value": 99.1}', "1 of 3 lines are ok and have no value"),
+    (b'{"task": "mqar", "model": "lsh", "seq_len": 8, "value": NaN}', "1 of 3 lines are ok and have no value"),
+])
+def test_a_bad_line_is_one_problem_and_the_rest_is_read(tmp_path: Path, line: bytes, said: str) -> None:
+    good = json.dumps(ROW).encode()
+    (tmp_path / FILE).write_bytes(good + b"\n" + line + b"\n" + good.replace(b"1024", b"2048") + b"\n")
+    content, problems = read_arena(tmp_path)
+    assert content is not None and [s.seq_len for s in content.summaries if s.seeds] == [1024, 2048]
+    assert len(problems) == 1 and str(problems[0]).startswith(f"{FILE} ") and said in str(problems[0])
+
+
+def test_wrong_types_and_unknown_keys_are_left_out(tmp_path: Path) -> None:
+    odd = {**ROW, "by": {"depth": [1, 2], "hops": {"1": "x", "2": 0.5}, "gap": None}, "shortcuts": 7, "chance": "low",
+           "seed": None, "unknown": {"a": [1]}, "trained_len": "far", "milliseconds": True, "rounds": 4, "device": 9}
+    (row,) = arena(tmp_path, odd).rows
+    assert row.by == {"hops": {"2": 0.5}} and row.shortcuts == {} and math.isnan(row.chance)
+    assert row.seed == 0 and math.isnan(row.trained_len) and row.values["rounds"] == 4 and row.origin["device"] == "9"
+
+
+def test_a_torn_last_line_is_no_problem_and_no_line_is_one(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(ROW) + '\n{"task": "mq')
+    content, problems = read_arena(tmp_path)
+    assert content is not None and not problems
+    append_jsonl(tmp_path / FILE, {**ROW, "seed": 1})
+    assert len(read_arena(tmp_path)[0].rows) == 2, "what is appended after a kill is read"
+    (tmp_path / FILE).write_bytes(b"")
+    content, problems = read_arena(tmp_path)
+    assert content is None and str(problems[0]) == "arena.jsonl has no lines"
+    assert read_arena(tmp_path / "nowhere")[1][0].missing
+    with pytest.raises(UserError, match="no plot: arena.jsonl has no lines"):
+        write_pictures(tmp_path)
+
+
+def test_levels_take_the_strongest_shortcut_in_the_metrics_own_direction(tmp_path: Path) -> None:
+    right = arena(tmp_path / "a", {**ROW, "shortcuts": {"weak": 0.1}},
+                  {**ROW, "model": "window", "shortcuts": {"strong": 0.4}})
+    assert [(level.name, level.shortcut, level.chance) for level in levels(right.of("mqar"))] == [("strong", 0.4, 0.25)]
+    bits = arena(tmp_path / "b", {**ROW, "metric": "bits_per_byte", "value": 1.5, "shortcuts": {"a": 2.3, "b": 5.0}})
+    lower = arena(tmp_path / "c", *({**ROW, "metric": "bits_per_byte", "model": model, "shortcuts": {name: value}}
+                                    for model, name, value in (("lsh", "low", 1.9), ("dense", "high", 2.3))))
+    assert levels(lower.of("mqar"))[0].name == "low", "the best of all models' examples"
+    assert levels(bits.of("mqar"))[0].name == "a" and shown_score(1.5, "bits_per_byte") == "1.500"
+
+
+def test_nothing_below_100_percent_is_shown_as_it() -> None:
+    shown = [shown_score(value, "accuracy") for value in (1, 0.99999, 0.9996, 0.9994, 0.9912, 0.000244, 0, math.nan)]
+    assert shown == ["100 %", "99.99 %", "99.96 %", "99.94 %", "99.1 %", "0.024 %", "0 %", ""]
+
+
+def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
+    drawn = arena(tmp_path, *arena_rows())
+    assert quality_lengths(drawn.of("mqar", None)) == [1024] and quality_lengths(drawn.of("passkey", None)) == []
+    titles = [axis.get_title(loc="left") for axis in draw_arena(drawn).axes]
+    assert titles == [
+        "MQAR, 64 pairs, trained at 2k (dashed)", "duplication, trained at 1k (dashed)",
+        "induction heads, trained at 256 (dashed)", "passkey, trained at 2k (dashed)",
+        "variable tracking, trained at 2k (dashed)", "bytes of real text, trained at 4k (dashed)",
+        "my_own_task, trained at 2k (dashed)", "variable tracking at 131,072 tokens",
+        "bytes of real text at 131,072 tokens", "MQAR, 64 pairs at 1,024 tokens", "duplication at 1,024 tokens",
+        "bytes of real text at 1,024 tokens"]
+    first = draw_arena(drawn).axes[0]
+    named = {line.get_label(): list(line.get_xdata()) for line in first.lines}
+    assert named["LSH"] == [1024, 4096, 16_384, 131_072] and named["dense"] == [1024, 4096, 16_384], "out of memory"
+    assert {"chance", "guess a value shown", "window only"} <= named.keys() and [2048, 2048] in named.values()
+    needles = draw_needles(drawn)
+    assert needles and [axis.get_title(loc="left") for axis in needles.axes] == [
+        "passkey, LSH", "passkey, dense", "passkey, window only"]
+    assert len(needles.axes[0].texts) == 40 and len(needles.axes[1].texts) == 30, "a number a measured cell"
+    assert [path.name for path in write_pictures(tmp_path)] == ["arena.png", "arena_needles.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("arena.png", "arena_needles.png"))
+    assert [path.name for path in write_pictures(write_arena(tmp_path / "one", [ROW]))] == ["arena.png"]
+    assert draw_arena(arena(tmp_path / "none", {**ROW, "status": "timeout"})).axes == []
+
+
+def test_a_reference_is_a_table_in_the_readme(tmp_path: Path) -> None:
+    folder = write_arena(tmp_path / "reference-x" / "arena", arena_rows())
+    write_arena(tmp_path / "mine", [ROW])
+    assert find_arenas(tmp_path) == [tmp_path / "mine", folder]
+    said = readme.results(tmp_path)
+    assert said.startswith("**[reference-x/arena](runs/reference-x/arena)**, the arena: cpu (test data)")
+    assert said.count("**[") == 1, "a run that is no reference"
+    assert "torch 2.13.0, commit 0123456." in said and "| 1,024 | 4,096 | 16,384 | 131,072 | chance |" in said
+    lsh, dense = (next(line for line in said.splitlines() if line.startswith(start))
+                  for start in ("| MQAR, 64 pairs, trained at 2,048 | LSH | 3 |", "|  | dense | 3 |"))
+    assert lsh.endswith("| 96.8 % (96.4 to 97.2 %) | 0.024 % | 0.098 % (guess a value shown) |")
+    assert dense.endswith("| out of memory |  |  |")
+    assert "| 1.192 (1.188 to 1.196) | 8.000 | 2.310 (order-2 model) |" in said
+    target = "| induction heads, trained at 256, at 131,072 | ≥ 95 % | ≥ 100 % |"
+    assert f"{target} 96.79 % (3 seeds, the lowest 96.39 %) | met |" in said and "![" not in said
+    write_pictures(folder)
+    assert "(runs/reference-x/arena/arena.png)" in readme.results(tmp_path)
+
+
+def test_a_readme_without_a_usable_arena_says_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "reference-x" / "arena").mkdir(parents=True)
+    (tmp_path / "reference-x" / "arena" / FILE).write_text("[1]\n{}\n")
+    assert readme.results(tmp_path) == readme.NONE_YET
+    write_json(tmp_path / "reference-x" / "arena" / "benchmark_summary.json", {"rows": []})
+    assert readme.results(tmp_path) == readme.NONE_YET

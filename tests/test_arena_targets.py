@@ -1,0 +1,120 @@
+"""The numbers to reach: met only as far as measured, missed as soon as one value misses, else not measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_arena import write_arena
+
+from lshv2.arena_results import read_arena
+from lshv2.arena_targets import arena_targets
+from lshv2.operator_results import Target, verdict
+from lshv2.readers import Benchmark, Fit
+
+LONG, H200 = 131_072, "cuda (NVIDIA H200)"
+NAMES = 17
+
+
+def row(task: str, length: int, value: float | None, model: str = "lsh", **more: Any) -> dict[str, Any]:
+    status = "ok" if value is not None else "out of memory"
+    return {"task": task, "model": model, "seed": 0, "seq_len": length, "trained_len": 2048, "status": status,
+            "metric": "accuracy", "value": value, **more}
+
+
+def judged(folder: Path, *rows: dict[str, Any], benchmark: Benchmark | None = None) -> dict[str, Target]:
+    arena = read_arena(write_arena(folder, list(rows)))[0]
+    assert arena is not None
+    found = arena_targets(arena.summaries, benchmark)
+    assert len(found) == NAMES == len({target.name for target in found})
+    return {target.name: target for target in found}
+
+
+def test_nothing_measured_is_neither_met_nor_missed() -> None:
+    assert [verdict(target) for target in arena_targets([], None)] == ["not measured"] * NAMES
+
+
+@pytest.mark.parametrize("leads, said", [((0.0, -0.01), "met, stretch too"), ((0.002, 0.009), "met"),
+                                         ((0.02, 0.0), "missed")])
+def test_mqar_is_judged_at_its_worst_length(tmp_path: Path, leads: tuple[float, float], said: str) -> None:
+    rows = [row("mqar", n, value, model) for n, lead in zip((1024, 4096), leads, strict=True)
+            for model, value in (("dense", 0.9), ("lsh", 0.9 - lead))]
+    name = "MQAR, 64 pairs, dense − LSH, every length where dense fits"
+    target = judged(tmp_path / "a", *rows, row("mqar", LONG, None, "dense"))[name]
+    assert verdict(target) == said and target.value == pytest.approx(100 * max(leads))
+    gap = judged(tmp_path / "b", *rows, row("mqar", 8192, 0.9, "dense"))[name]
+    assert verdict(gap) == ("missed" if said == "missed" else "not measured") and "no value at 8,192" in gap.detail
+
+
+def test_twins_that_were_trained_differently_are_not_compared(tmp_path: Path) -> None:
+    name = "MQAR, 64 pairs, dense − LSH, every length where dense fits"
+    rows = (row("mqar", 1024, 0.9), row("mqar", 1024, 0.9, "dense", trained_len=512))
+    assert judged(tmp_path, *rows)[name].detail == "no length with both"
+    both = judged(tmp_path, row("mqar", 1024, 0.85, trained_len=512))[name]
+    assert both.value == pytest.approx(5), "at the trained length that both have, not LSH's longest"
+
+
+def test_the_mean_over_seeds_is_judged_and_the_lowest_told(tmp_path: Path) -> None:
+    name = "MQAR, n/64 pairs, trained to 2,048 at most, at 131,072"
+    rows = [row("mqar_dense_pairs", LONG, value, seed=n) for n, value in enumerate((0.94, 0.97))]
+    target = judged(tmp_path / "a", *rows)[name]
+    assert (target.value, verdict(target), target.detail) == (95.5, "met", "2 seeds, the lowest 94 %")
+    longer = [{**r, "trained_len": 4096} for r in rows]
+    assert verdict(judged(tmp_path / "b", *longer)[name]) == "not measured", "trained longer than the target allows"
+    changed = [{**r, "setting": "rounds=8"} for r in rows]
+    assert verdict(judged(tmp_path / "c", *changed)[name]) == "not measured", "not as it was trained"
+    dead = judged(tmp_path / "d", row("mqar_dense_pairs", LONG, None))[name]
+    assert (verdict(dead), dead.detail) == ("not measured", "out of memory")
+
+
+def test_induction_counts_when_trained_at_256(tmp_path: Path) -> None:
+    name = "induction heads, trained at 256, at 131,072"
+    target = judged(tmp_path, row("induction", LONG, 0.2), row("induction", LONG, 0.99996, trained_len=256))[name]
+    assert verdict(target) == "met" and target.value == 99.99, "99.996 % is not 100 %"
+
+
+@pytest.mark.parametrize("length, worst, said", [(LONG, 1.0, "met, stretch too"), (LONG, 0.985, "met"),
+                                                 (LONG, 0.9, "missed"), (16_384, 1.0, "not measured"),
+                                                 (16_384, 0.9, "missed")])
+def test_needles_are_judged_at_their_worst_depth(tmp_path: Path, length: int, worst: float, said: str) -> None:
+    rows = [row("passkey", n, 1.0, by={"depth": {"0": 1.0, "0.5": worst if n == length else 1.0}})
+            for n in (1024, length)]
+    target = judged(tmp_path, *rows)["passkey, every depth and length to 131,072"]
+    assert verdict(target) == said and target.value == 100 * worst
+    assert worst == 1 or f"worst at {length:,}, depth 0.5" in target.detail
+
+
+def test_a_needle_length_without_depths_leaves_it_open(tmp_path: Path) -> None:
+    rows = [row("kv_needle", LONG, 1.0, by={"depth": {"0": 1.0}}), row("kv_needle", 1024, None)]
+    target = judged(tmp_path, *rows)["key–value needle, every depth and length to 131,072"]
+    assert verdict(target) == "not measured" and "no depths at 1,024" in target.detail
+
+
+def test_duplication_goes_by_the_rounds_of_the_evaluation(tmp_path: Path) -> None:
+    rows = [row("duplication", 1024, 0.9995, rounds=4), row("duplication", 1024, 0.91, setting="rounds=1", rounds=1),
+            row("duplication", 1024, 0.98, setting="rounds=2", rounds=2)]
+    names = {n: f"duplication, 1,024 tokens, 4 rounds trained, {n} evaluated" for n in (1, 2, 4, 8)}
+    found = judged(tmp_path / "a", *rows)
+    assert [verdict(found[name]) for name in names.values()] == ["met", "missed", "met", "not measured"]
+    other = judged(tmp_path / "b", *({**r, "rounds": 2} for r in rows))
+    assert other[names[4]].detail == "not trained with 4 rounds" and verdict(other[names[1]]) == "not measured"
+
+
+def test_listops_takes_the_longest_length(tmp_path: Path) -> None:
+    target = judged(tmp_path, row("listops", 1024, 0.9), row("listops", 2048, 0.55))["ListOps"]
+    assert (target.value, verdict(target), target.detail) == (55.0, "met", "1 seed, at 2,048")
+
+
+@pytest.mark.parametrize("device, first, last, said", [
+    (H200, 16_384, LONG, ("met", "missed")), ("cpu (a CPU)", 16_384, LONG, ("not measured",) * 2),
+    (H200, 1024, LONG, ("not measured",) * 2), (H200, 16_384, 65_536, ("not measured",) * 2),
+])
+def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, first: int, last: int,
+                                                 said: tuple[str, str]) -> None:
+    fits = {("lsh", name): Fit(exponent, exponent - 0.1, exponent + 0.1, 4, 1.0, first, last, 2.0)
+            for name, exponent in (("train_latency", 1.0), ("memory", 0.9))}
+    found = judged(tmp_path, row("mqar", 1024, 0.9), benchmark=Benchmark(device, "bfloat16", "done", (), fits))
+    names = ("whole model, α over 16k to 131k, upper 95 % bound", "whole model, β over 16k to 131k")
+    assert tuple(verdict(found[name]) for name in names) == said
+    assert said[0] != "met" or found[names[0]].value == pytest.approx(1.1), "the upper bound, not the estimate"
