@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from lshv2.arena_results import TASKS, Summary, label_place
 from lshv2.arena_views import trained_to
+from lshv2.benchmark_results import Benchmark, Fit
 from lshv2.operator_results import Target
-from lshv2.readers import Benchmark, Fit
 from lshv2.tolerant import NAN
 
 LONGEST = 131_072

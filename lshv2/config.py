@@ -211,6 +211,12 @@ class BenchmarkConfig(Section):
     timeout_seconds: PositiveFloat = 300
     attentions: tuple[Literal["lsh", "dense", "window"], ...] = ("lsh", "dense")
     batch_size: PositiveInt = 1
+    fixed_tokens: PositiveInt | None = Field(
+        131_072, description="each length again with as many sequences as make so many tokens; None: not measured"
+    )
+    processes_per_length: PositiveInt = Field(
+        3, description="fresh processes that measure a length, where one takes little of timeout_seconds"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -20,10 +20,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from lshv2.axes import length_ticks
+from lshv2.axes import length_ticks, short
+from lshv2.benchmark_results import Benchmark, Row, read_benchmark
 from lshv2.curves import Curves, Training, read_training
 from lshv2.errors import UserError
-from lshv2.readers import Benchmark, Profile, Row, read_benchmark, read_profile
+from lshv2.readers import Profile, read_profile
 
 COLOURS = {"lsh": "#0072B2", "dense": "#D55E00", "window": "#009E73"}
 MARKERS = {"lsh": "o", "dense": "s", "window": "^"}
@@ -43,12 +44,12 @@ def plot_png(run: Path, name: str) -> bytes:
     return buffer.getvalue()
 
 
-def new_figure(columns: int, title: str) -> tuple[Figure, list[Axes]]:
-    """A figure with this many panels side by side."""
-    figure = Figure(figsize=(4.9 * columns, 4.3), layout="constrained")
+def new_figure(columns: int, title: str, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels side by side, row after row."""
+    figure = Figure(figsize=(4.9 * columns, 4.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10, color="#333333")
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for axis in axes:
         axis.grid(True, color="#E5E5E5", linewidth=0.7)
         axis.set_axisbelow(True)
@@ -115,28 +116,56 @@ def draw_profile(profile: Profile) -> Figure:
 
 
 def draw_benchmark(benchmark: Benchmark) -> Figure:
-    """Latency (forward, forward + backward) and activation memory against length, log-log, with the fits."""
-    figure, axes = new_figure(3, f"{benchmark.device}, {benchmark.dtype}; bars: 20th to 80th percentile; "
-                              "band: 95 % interval of the exponent")
-    panels = (
+    """Latency of the model and of attention alone, and activation memory against length, log-log, with the fits; a
+    row of panels at the batch size, one at fixed tokens where that was measured, and every doubling's ratio below."""
+    layouts = [benchmark, *([benchmark.fixed_tokens] if benchmark.fixed_tokens else [])]
+    panels = [
         ("latency", "latency_ms", "forward", "milliseconds"),
         ("train_latency", "train_latency_ms", "forward + backward", "milliseconds"),
-        ("memory", "activation_mb", "peak memory over the fixed cost", "MB"),
-    )
-    for axis, (measure, column, title, unit) in zip(axes, panels, strict=True):
-        axis.set_yscale("log")
-        for attention in COLOURS:
-            rows = [row for row in benchmark.rows if row.attention == attention]
-            if rows:
-                _draw_scaling(axis, benchmark, rows, measure, column)
-        length_axis(axis, [row.seq_len for row in benchmark.rows])
-        axis.margins(y=0.18)
-        bottom, top = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,), numticks=15))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        label(axis, title, "tokens", unit)
+        ("attention_train_latency", "attention_train_latency_ms", "attention alone, with backward", "milliseconds"),
+        ("memory", "activation_mb", "memory over the fixed cost", "MB"),
+    ]
+    panels = [panel for panel in panels
+              if panel[0] != "attention_train_latency" or any(row.get(panel[1]) > 0 for row in benchmark.rows)]
+    figure, axes = new_figure(len(panels), f"{benchmark.device}, {benchmark.dtype}; bars: 20th to 80th percentile; "
+                              "band: 95 % interval of the exponent", len(layouts))
+    for i, axis in enumerate(axes):
+        layout, (measure, column, title, unit) = layouts[i // len(panels)], panels[i % len(panels)]
+        of = "" if layout is benchmark else f", {layout.tokens:,.0f} tokens a batch"
+        _draw_lengths(axis, layout, measure, column)
+        label(axis, f"{title}{of}", "tokens of a sequence" if of else "tokens", f"{unit} a sequence" if of else unit)
+    if lines := [line for layout in layouts for line in _doubling_lines(layout)]:
+        head = "forward + backward over that at half the length (2: linear, 4: quadratic)"
+        figure.supxlabel("\n".join([head, *lines]), x=0.01, ha="left", fontsize=9, color="#333333")
     return figure
+
+
+def _doubling_lines(benchmark: Benchmark) -> list[str]:
+    """`lsh: 2k 1.91, 4k 1.98 (1.95 to 2.02), ...` for each attention, with intervals where there are such."""
+    lines = []
+    for attention in COLOURS:
+        found = benchmark.scaling.get((attention, "train_latency"))
+        shown = [f"{short(one.seq_len)} {one.ratio:.2f}"
+                 + (f" ({one.low:.2f} to {one.high:.2f})" if math.isfinite(one.low + one.high) else "")
+                 for one in (found.doublings if found else ())]
+        of = "" if math.isnan(benchmark.tokens) else f", {benchmark.tokens:,.0f} tokens a batch"
+        lines += [f"{attention}{of}: {',  '.join(shown)}"] if shown else []
+    return lines
+
+
+def _draw_lengths(axis: Axes, benchmark: Benchmark, measure: str, column: str) -> None:
+    """All attentions in one panel."""
+    axis.set_yscale("log")
+    for attention in COLOURS:
+        rows = [row for row in benchmark.rows if row.attention == attention]
+        if rows:
+            _draw_scaling(axis, benchmark, rows, measure, column)
+    length_axis(axis, [row.seq_len for row in benchmark.rows])
+    axis.margins(y=0.18)
+    bottom, top = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,), numticks=15))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_scaling(axis: Axes, benchmark: Benchmark, rows: list[Row], measure: str, column: str) -> None:

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             num_eval_sequences=128, n_buckets=8, learning_rate=1e-2, eval_every=60,
         ),
         "benchmark": dict(sequence_lengths=(1_024, 2_048, 4_096, 8_192, 16_384), num_samples_per_length=3,
-                          max_memory_gb=4.0, timeout_seconds=90.0),
+                          max_memory_gb=4.0, timeout_seconds=90.0, fixed_tokens=None, processes_per_length=1),
     },
     "test": {
         "model": dict(
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             num_train_sequences=32, num_eval_sequences=8, n_buckets=2, window=8, bucket_size=8, eval_every=4,
         ),
         "benchmark": dict(sequence_lengths=(64, 128, 256), num_samples_per_length=2, max_memory_gb=4.0,
-                          timeout_seconds=60.0),
+                          timeout_seconds=60.0, fixed_tokens=None, processes_per_length=1),
     },
 }
 

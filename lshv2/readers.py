@@ -1,23 +1,21 @@
 """Readers of a run folder's files: JSON of any quality in, typed and clean values out. Used by report and dashboard.
 
-    benchmark, problems = read_benchmark(run_path)
+    profile, problems = read_profile(run_path)
 
 Every reader returns `(content, problems)` and never raises on what a file holds: a missing, torn, broken or
 foreign file gives None or the readable part of it, and one `Problem` a defect, which names the file. Needs neither
-torch nor pandas. Training curves have their own module, `lshv2.curves`; the state of a run, `lshv2.run_state`.
+torch nor pandas. The benchmark has its own module, `lshv2.benchmark_results`, as have training curves, `lshv2.curves`,
+and the state of a run, `lshv2.run_state`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lshv2.tolerant import NAN, Problem, Problems, mapping, number, objects, read_object, text
-
-ATTENTIONS = ("lsh", "dense", "window")
-MEASURES = ("latency", "train_latency", "memory")
 
 
 def read_settings(run: Path) -> tuple[dict[str, str], Problems]:
@@ -75,71 +73,6 @@ def read_profile(run: Path) -> tuple[Profile | None, Problems]:
         number(content.get("batch_size")), number(content.get("n_steps")), step, parts,
     )
     return profile, problems
-
-
-@dataclass(frozen=True)
-class Row:
-    """One length of one attention; `values` holds every number of the row by its name (NaN: not measured)."""
-
-    attention: str
-    seq_len: int
-    status: str
-    reason: str
-    values: dict[str, float]
-
-    def get(self, key: str) -> float:
-        return self.values.get(key, NAN)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A power law by log-log least squares: exponent with its 95 % interval, over [min_seq_len, max_seq_len]."""
-
-    exponent: float
-    low: float
-    high: float
-    n: float
-    r2: float
-    min_seq_len: float
-    max_seq_len: float
-    last_doubling: float
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    device: str
-    dtype: str
-    state: str
-    rows: tuple[Row, ...]
-    fits: dict[tuple[str, str], Fit] = field(default_factory=dict)  # (attention, measure)
-
-
-def read_benchmark(run: Path) -> tuple[Benchmark | None, Problems]:
-    name = "benchmark_summary.json"
-    content, problems = read_object(run, name)
-    if problems:
-        return None, problems
-    raw, more = objects(content, "rows", name)
-    problems += more
-    rows = []
-    for item in raw:
-        length = number(item.get("seq_len"))
-        if not length >= 1 or item.get("attention") not in ATTENTIONS:
-            problems += (Problem(name, f"rows: {text(item, 80)} has no attention or seq_len"),)
-            continue
-        values = {k: number(v) for k, v in item.items() if isinstance(v, int | float)}
-        status = text(item.get("status") or "error", 40)
-        rows.append(Row(item["attention"], int(length), status, text(item.get("reason")), values))
-    rows.sort(key=lambda row: (row.attention, row.seq_len))
-    fits = {}
-    for attention in ATTENTIONS:
-        for measure in MEASURES:
-            entry = mapping(mapping(mapping(content, "fits"), attention), measure)
-            fit = Fit(*(number(entry.get(key)) for key in Fit.__dataclass_fields__))
-            if math.isfinite(fit.exponent):
-                fits[attention, measure] = fit
-    device, dtype, state = (text(content.get(key), 120) for key in ("device", "dtype", "state"))
-    return Benchmark(device, dtype, state, tuple(rows), fits), problems
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from lshv2.ablation.summary import ranking, table
 from lshv2.arena_results import NEEDLES, PICTURE, find_arenas, read_arena
 from lshv2.arena_targets import arena_targets
 from lshv2.arena_views import score_table
+from lshv2.benchmark_results import ATTENTIONS, Benchmark, Fit, Row, read_benchmark
 from lshv2.errors import UserError
 from lshv2.operator_results import NAMES, Target, find_operator_results, read_operator, shown, verdict
-from lshv2.readers import ATTENTIONS, Benchmark, Fit, Row, read_benchmark, read_manifest
+from lshv2.readers import read_manifest
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
 from lshv2.tolerant import mapping, number, objects, read_object, text
@@ -204,7 +205,17 @@ def _cell(row: Row | None, key: str) -> str:
 
 def _exponents(benchmark: Benchmark) -> str:
     alpha, beta = (benchmark.fits.get(("lsh", measure)) for measure in ("train_latency", "memory"))
-    return f"{_exponent('α', 'forward + backward', alpha)}; {_exponent('β', 'memory above the fixed part', beta)}."
+    parts = [_exponent("α", "forward + backward", alpha), _exponent("β", "memory above the fixed part", beta)]
+    scaling = benchmark.scaling.get(("lsh", "train_latency"))
+    if scaling and (decade := scaling.ranges.get("longest_decade")) and math.isfinite(decade.upper):
+        drawn = f" and a bootstrap over {scaling.resampled}" if math.isfinite(decade.bootstrap_high) else ""
+        lengths = f"{decade.min_seq_len:,.0f} to {decade.max_seq_len:,.0f} tokens"
+        parts.append(f"α over the longest decade, {lengths}, at most {decade.upper:.2f} (the larger upper end of its "
+                     f"interval{drawn})")
+    fixed = benchmark.fixed_tokens
+    if fixed and (fit := fixed.fits.get(("lsh", "train_latency"))):
+        parts.append(_exponent("α", f"forward + backward at {fixed.tokens:,.0f} tokens a batch", fit))
+    return "; ".join(parts) + "."
 
 
 def _exponent(name: str, of: str, fit: Fit | None) -> str:

@@ -7,6 +7,11 @@ The model is value = exp(intercept) · length^exponent, fitted by least squares 
 length weighs the same whatever its cost. Repeated measurements of one length share that length's systematic error
 (cache sizes, tile counts), so they are no independent evidence about the exponent: a length enters once, as the
 median of its values. Nothing is extrapolated and no point is dropped here; a caller that leaves lengths out says so.
+
+A cost that does not grow (launches, an interpreter) bends that line and pulls its slope below the exponent.
+`fit_fixed_part` therefore fits value = fixed + factor · length^exponent beside it, and `doublings` gives what no model
+is in: the ratio of each length's cost to that of half of it. Intervals from repeated measurements are in
+`lshv2.resampling`; the one here is Student's t from the points' scatter about the line.
 """
 
 from __future__ import annotations
@@ -16,8 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+EXPONENTS = (0.05, 4.0)  # where a best exponent is looked for beside a fixed part; below, both parts are constants
+FIXED_PART_LENGTHS = 4  # one more than parameters
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,75 @@ def fit_power(lengths: Sequence[float], values: Sequence[float], subtract: float
         max_seq_len=int(distinct[-1]),
         last_doubling=float(medians[-1] / medians[half[0]]) if half.size else None,
     )
+
+
+@dataclass(frozen=True)
+class FixedPartFit:
+    """value ≈ fixed + factor · length^exponent over [min_seq_len, max_seq_len], both parts at least zero."""
+
+    fixed: float
+    factor: float
+    exponent: float
+    error: float  # root mean square of (fitted − value) / value
+    n: int
+    min_seq_len: int
+    max_seq_len: int
+
+
+def fit_fixed_part(lengths: Sequence[float], values: Sequence[float]) -> FixedPartFit | None:
+    """Least squares on relative errors; lengths are distinct, both are positive.
+
+    None where there is no exponent to find: fewer than FIXED_PART_LENGTHS lengths for three parameters, or a best
+    exponent at the edge of EXPONENTS, as for a cost that does not grow.
+    """
+    x, y = np.asarray(lengths, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if x.size < FIXED_PART_LENGTHS:
+        return None
+    exponent, fixed, factor, error = (float(found[0]) for found in fixed_part_fits(x, y[None]))
+    if not EXPONENTS[0] + 0.01 < exponent < EXPONENTS[1] - 0.01:
+        return None
+    return FixedPartFit(fixed, factor, exponent, error, int(x.size), int(x.min()), int(x.max()))
+
+
+def fixed_part_fits(lengths: Array, values: Array) -> tuple[Array, Array, Array, Array]:
+    """lengths [L], values [D,L] -> exponent, fixed, factor and root mean square relative error [D] of D fits at once.
+
+    At a given exponent the other two are linear, so that the error is a function of the exponent alone: its least on
+    a grid over EXPONENTS, then on finer ones around that, to 1e-4.
+    """
+    scaled = np.log(lengths / lengths.max())  # powers stay within 0 to 1
+    centre, reach, steps = np.full(len(values), sum(EXPONENTS) / 2), (EXPONENTS[1] - EXPONENTS[0]) / 2, 40
+    rows = np.arange(len(values))
+    while reach > 1e-4:
+        tried = np.clip(centre[:, None] + np.linspace(-reach, reach, steps + 1), *EXPONENTS)
+        errors = np.stack([_linear_parts(scaled, values, column)[2] for column in tried.T], axis=1)
+        centre = tried[rows, errors.argmin(axis=1)]
+        reach, steps = 2 * reach / steps, 12
+    fixed, factor, error = _linear_parts(scaled, values, centre)
+    return centre, fixed, factor * lengths.max() ** -centre, error
+
+
+def _linear_parts(scaled: Array, values: Array, exponents: Array) -> tuple[Array, Array, Array]:
+    """The best fixed and factor, neither below zero, at exponents [D] for values [D,L]; and their error [D].
+
+    What is minimised, Σ (fixed · u + factor · w − 1)² with u = 1 / value and w = length^exponent / value, has its
+    bounded optimum inside, or where one part is zero and the other alone is fitted.
+    """
+    u = 1 / values
+    w = np.exp(exponents[:, None] * scaled) * u
+    uu, uw, ww, su, sw = ((a * b).sum(axis=1) for a, b in ((u, u), (u, w), (w, w), (u, 1.0), (w, 1.0)))
+    determinant = np.maximum(uu * ww - uw * uw, np.finfo(float).tiny)
+    fixed, factor = (ww * su - uw * sw) / determinant, (uu * sw - uw * su) / determinant
+    fixed, factor = (np.where(fixed < 0, 0.0, np.where(factor < 0, su / uu, fixed)),
+                     np.where(fixed < 0, sw / ww, np.maximum(factor, 0.0)))
+    residual = fixed[:, None] * u + factor[:, None] * w - 1
+    return fixed, factor, np.sqrt((residual**2).mean(axis=1))
+
+
+def doublings(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(index of n, index of 2n) for every n of which twice was measured, in the order of n; lengths are distinct."""
+    place = {length: i for i, length in enumerate(lengths)}
+    return [(place[length], place[2 * length]) for length in sorted(place) if 2 * length in place]
 
 
 def student_t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:

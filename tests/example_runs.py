@@ -1,6 +1,6 @@
 """Run folders as the phases write them, at any size: what the reader and dashboard tests look at.
 
-Files follow `runs/README.md`; settings come from `open_run`, exponents from `fit_power`, every other figure from a
+Files follow `runs/README.md`; settings come from `open_run`, exponents from `fit_rows`, every other figure from a
 small cost or learning model with seeded noise, the arena's from `example_arena`. Nothing here is a measurement but the
 operator's benchmark, which really runs, at a size that says nothing.
 """
@@ -18,11 +18,10 @@ import numpy as np
 from example_arena import arena_rows, write_arena
 
 from lshv2.benchmark.attention import main as operator_benchmark
+from lshv2.benchmark.rows import Row, add_process, fit_rows
 from lshv2.runs import PHASES, Run, open_run, write_json
-from lshv2.scaling import fit_power
 
 TRAIN_KEYS = ("step", "loss_train", "learning_rate", "tokens_per_sec", "ponder_steps", "grad_norm", "tokens")
-MEASURES = {"latency": "latency_ms", "train_latency": "train_latency_ms", "memory": "activation_mb"}
 SECONDS = dict(zip(PHASES, (4.2, 11.8, 171.0, 63.4, 5.1), strict=True))
 
 
@@ -129,40 +128,43 @@ def write_profile(run: Run, *, device: str = "cpu") -> None:
 
 def write_benchmark(run: Run, *, device: str = "cpu") -> None:
     rng = np.random.default_rng([run.settings.seed, 11])
-    lengths = run.settings.benchmark.sequence_lengths
-    rows = [_row(attention, length, rng) for attention in ("lsh", "dense") for length in lengths]
+    settings = run.settings.benchmark
+    rows = [_row(attention, length, 1, settings.processes_per_length, rng)
+            for attention in ("lsh", "dense") for length in settings.sequence_lengths]
     if device == "cpu":
-        rows[-1] = {"attention": "dense", "seq_len": lengths[-1], "batch_size": 1, "status": "timeout",
-                    "reason": "no sample within 60 s"}
-    fits: dict[str, Any] = {}
-    for attention in ("lsh", "dense"):
-        good = [row for row in rows if row["attention"] == attention and row["status"] == "ok"]
-        fits[attention] = {}
-        for name, column in MEASURES.items():
-            fit = fit_power([row["seq_len"] for row in good], [row[column] for row in good])
-            fits[attention][name] = {k: v for k, v in vars(fit).items() if k != "intercept"}
-    lsh = fits["lsh"]
+        rows[-1] = {"attention": "dense", "seq_len": settings.sequence_lengths[-1], "batch_size": 1,
+                    "status": "timeout", "reason": "no sample within 60 s", "processes": []}
+    fixed = None
+    if tokens := settings.fixed_tokens:
+        again = [_row(attention, length, tokens // length, settings.processes_per_length, rng)
+                 for attention in ("lsh", "dense") for length in settings.sequence_lengths if length <= tokens]
+        fixed = {"tokens": tokens, "rows": again, **fit_rows(again)}
     write_json(run.file("benchmark_summary.json"), {
-        "schema": 1, "device": device, "dtype": "float32", "state": "done", "rows": rows, "fits": fits,
-        "alpha": lsh["train_latency"]["exponent"], "beta": lsh["memory"]["exponent"],
-        "alpha_interval": [lsh["train_latency"]["low"], lsh["train_latency"]["high"]],
-        "beta_interval": [lsh["memory"]["low"], lsh["memory"]["high"]],
-        "longest_ok": {"lsh": lengths[-1], "dense": lengths[-2]},
+        "schema": 1, "device": device, "dtype": "float32", "state": "done", "rows": rows, **fit_rows(rows),
+        "fixed_tokens": fixed,
     })
 
 
-def _row(attention: str, length: int, rng: np.random.Generator) -> dict[str, Any]:
+def _row(attention: str, length: int, batch: int, processes: int, rng: np.random.Generator) -> Row:
     linear, quadratic = (0.021, 0.0) if attention == "lsh" else (0.012, 1.3e-6)
-    base = (12 + linear * length + quadratic * length**2) * (1 + 0.04 * rng.standard_normal())
-    row: dict[str, Any] = {"attention": attention, "seq_len": length, "batch_size": 1, "status": "ok", "reason": None}
-    for prefix, factor in (("", 1.0), ("train_", 3.1)):
-        samples = sorted(base * factor * (1 + 0.06 * rng.random(7)))
-        row |= {f"{prefix}latency_ms": float(np.median(samples)),
-                f"{prefix}latency_ms_p20": float(np.quantile(samples, 0.2)),
-                f"{prefix}latency_ms_p80": float(np.quantile(samples, 0.8)), f"{prefix}latency_samples_ms": samples,
-                f"{prefix}tokens_per_sec": length / float(np.median(samples)) * 1e3}
-    activation = 0.033 * length * (1 + 0.03 * rng.standard_normal())
-    return row | {"rss_mb": 350 + activation, "fixed_mb": 350.0, "activation_mb": activation}
+    cost = (12 + batch * (linear * length + quadratic * length**2)) * (1 + 0.04 * rng.standard_normal())
+    row: Row | None = None
+    for _ in range(processes):
+        base = cost * (1 + 0.02 * rng.standard_normal())
+        fresh: Row = {"attention": attention, "seq_len": length, "batch_size": batch, "status": "ok", "reason": None,
+                      "seconds": 9.0}
+        for prefix, factor in (("", 1.0), ("train_", 3.1), ("attention_", 0.1), ("attention_train_", 0.3)):
+            samples = sorted(base * factor * (1 + 0.06 * rng.random(7)))
+            fresh |= {f"{prefix}latency_ms": float(np.median(samples)),
+                      f"{prefix}latency_ms_p20": float(np.quantile(samples, 0.2)),
+                      f"{prefix}latency_ms_p80": float(np.quantile(samples, 0.8)),
+                      f"{prefix}latency_samples_ms": samples,
+                      f"{prefix}tokens_per_sec": batch * length / float(np.median(samples)) * 1e3}
+        activation = 0.033 * length * batch * (1 + 0.03 * rng.standard_normal())
+        row = add_process(row, fresh | {"rss_mb": 350 + activation, "forward_rss_mb": 350 + activation / 3,
+                                        "fixed_mb": 350.0, "activation_mb": activation})
+    assert row
+    return row
 
 
 def write_manifest(run: Run, *, gpu: str = "") -> None:
@@ -209,7 +211,8 @@ def example_runs(root: Path) -> Path:
     done_run(root / "quick-small-buckets", seed=3, overrides={"model.bucket_size": 32, "train.learning_rate": 1e-3})
     failed_run(root / "big-batch")
     done_run(root / "reference-h200" / "full", seed=1, device="cuda", gpu="NVIDIA H200", steps=2000,
-             overrides={"benchmark.sequence_lengths": [2**n for n in range(10, 18)]})
+             overrides={"benchmark.sequence_lengths": [2**n for n in range(10, 18)], "benchmark.fixed_tokens": 131_072,
+                        "benchmark.processes_per_length": 3})
     running_run(root / "quick-seed-1")
     write_arena(root / "quick", arena_rows())
     out = root / "reference-cpu" / "attention" / "attention.json"

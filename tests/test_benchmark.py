@@ -16,10 +16,13 @@ import torch
 from lshv2.benchmark import run_benchmark
 from lshv2.benchmark.meter import Meter
 from lshv2.benchmark.process import MEMORY_ERROR, Outcome, run_limited
-from lshv2.benchmark.suite import WORKER, _job, fit_rows
+from lshv2.benchmark.rows import Case, Row, add_process, fit_rows
+from lshv2.benchmark.suite import REPEAT_SHARE, WORKER, _blocker, _job, _wants_another
+from lshv2.benchmark.worker import Measurement, load_ids
 from lshv2.checkpoint import save_checkpoint
 from lshv2.config import ModelConfig
 from lshv2.model import LSHModel
+from lshv2.profiling import Profiler
 from lshv2.runs import Run, open_run, read_json, write_json
 
 SUMMARY = "benchmark_summary.json"
@@ -104,7 +107,7 @@ def test_the_memory_limit_makes_an_allocation_fail_cleanly_and_is_lifted_afterwa
 def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", num_samples_per_length=100_000, timeout_seconds=6000)  # half an hour of work
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({**_job(run), "seq_len": 64}) + "\n")
+    job.write_text(json.dumps({**_job(run), "seq_len": 64, "batch_size": 1}) + "\n")
     parent = (
         "import os, subprocess\n"
         f"child = subprocess.Popen({list(WORKER)!r}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)\n"
@@ -136,16 +139,19 @@ def test_each_row_has_what_the_contract_names(measured: tuple[Run, LSHModel, dic
     assert order == [(64, "lsh"), (64, "dense"), (128, "lsh"), (128, "dense")]
     for row in summary["rows"]:
         assert row["status"] == "ok", row
-        for prefix in ("", "train_"):
+        for prefix in ("", "train_", "attention_", "attention_train_"):
             samples = row[f"{prefix}latency_samples_ms"]
             assert len(samples) == row[f"{prefix}n_samples"] <= 2
             middle = row[f"{prefix}latency_ms"]
             assert row[f"{prefix}latency_ms_p20"] <= middle <= row[f"{prefix}latency_ms_p80"]
-            assert row[f"{prefix}tokens_per_sec"] == pytest.approx(1e3 * row["seq_len"] / middle, rel=1e-3)
+            if prefix in ("", "train_"):
+                assert row[f"{prefix}tokens_per_sec"] == pytest.approx(1e3 * row["seq_len"] / middle, rel=1e-3)
+        assert [process["train_latency_ms"] for process in row["processes"]] == [row["train_latency_ms"]]
         assert row["activation_mb"] == pytest.approx(row["rss_mb"] - row["fixed_mb"], abs=0.02)
         assert row["rss_mb"] >= row["forward_rss_mb"] > 50
     assert summary["weights"] == "checkpoint step_00000007.safetensors" and summary["tokens"] == "random"
     assert summary["longest_ok"] == {"lsh": 128, "dense": 128} and summary["alpha_interval"] is None
+    assert summary["fixed_tokens"] is None and summary["alpha_upper"] is None
     assert summary["alpha"] == summary["fits"]["lsh"]["train_latency"]["exponent"]
 
 
@@ -187,17 +193,35 @@ def test_a_length_out_of_memory_is_a_row(tmp_path: Path) -> None:
     assert [row["status"] for row in summary["rows"]] == ["out of memory", "skipped"], json.dumps(summary["rows"])
 
 
-def rows_of(attention: str, lengths: list[int], exponent: float, memory: float = 1.0) -> list[dict[str, Any]]:
-    return [{"attention": attention, "seq_len": n, "status": "ok", "latency_ms": n**exponent,
-             "train_latency_ms": 3 * n**exponent, "activation_mb": 0.01 * n**memory} for n in lengths]
+def rows_of(
+    attention: str, lengths: list[int], exponent: float, memory: float = 1.0, batch: int = 1, scatter: float = 0.0
+) -> list[Row]:
+    """Rows of three processes each; scatter: how much they differ."""
+    rows = []
+    for n in lengths:
+        row: Row | None = None
+        for factor in (1.0, 1 - scatter, 1 + scatter):
+            ms = batch * n**exponent * factor
+            times: dict[str, Any] = {}
+            for prefix, share in (("", 1), ("train_", 3), ("attention_", 0.1), ("attention_train_", 0.3)):
+                times |= {f"{prefix}latency_ms": share * ms, f"{prefix}latency_samples_ms": [share * ms] * 2}
+            size = {"fixed_mb": 100.0, "forward_rss_mb": 150.0, "rss_mb": 100 + batch * 0.01 * n**memory,
+                    "activation_mb": batch * 0.01 * n**memory}
+            fresh = {"attention": attention, "seq_len": n, "batch_size": batch, "status": "ok", "reason": None,
+                     "seconds": 5.0, **times, **size}
+            row = add_process(row, fresh)
+        assert row
+        rows.append(row)
+    return rows
 
 
 def test_alpha_and_beta_are_lsh_s_and_failed_rows_are_left_out() -> None:
     lengths = [1024, 2048, 4096]
-    failed = {"attention": "lsh", "seq_len": 8192, "status": "timeout", "latency_ms": 1.0}
+    failed = {"attention": "lsh", "seq_len": 8192, "status": "timeout", "latency_ms": 1.0, "processes": []}
     fits = fit_rows([*rows_of("lsh", lengths, 1.1), *rows_of("dense", lengths, 1.9), failed])
     assert fits["alpha"] == pytest.approx(1.1) and fits["beta"] == pytest.approx(1.0)
-    assert fits["alpha_interval"] == pytest.approx([1.1, 1.1]) and fits["longest_ok"] == {"lsh": 4096, "dense": 4096}
+    assert fits["alpha_interval"] == pytest.approx([1.1, 1.1]) and fits["alpha_upper"] == pytest.approx(1.1)
+    assert fits["longest_ok"] == {"lsh": 4096, "dense": 4096}
     assert fits["fits"]["dense"]["latency"]["exponent"] == pytest.approx(1.9)
 
 
@@ -218,3 +242,114 @@ def test_capacity_grows_to_the_longest_length_and_the_hash_tables_stay(tmp_path:
     run = make_run(tmp_path / "r", sequence_lengths=[64, 4096])
     model = ModelConfig(**_job(run)["model"])
     assert model.max_seq_len == 4096 and model.resolved_n_buckets == run.settings.model.resolved_n_buckets
+
+
+def test_both_layouts_and_every_process_are_measured_and_a_shared_case_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 and 64 tokens at batch 1, and again as 64 tokens: 2 x 32 and the 1 x 64 that is there."""
+    run = make_run(tmp_path / "r", sequence_lengths=[32, 64], attentions=["lsh"], fixed_tokens=64,
+                   processes_per_length=2)
+    summary = run_benchmark(run)
+    both = [(row["seq_len"], row["batch_size"]) for row in summary["fixed_tokens"]["rows"]]
+    assert [(row["seq_len"], row["batch_size"]) for row in summary["rows"]] == [(32, 1), (64, 1)]
+    assert both == [(32, 2), (64, 1)] and summary["fixed_tokens"]["tokens"] == 64
+    assert summary["fixed_tokens"]["rows"][1] == summary["rows"][1]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "forward" in line]
+    assert len(printed) == 6 and "lsh      32 x 2 tokens" in printed[2] and "2 processes" in printed[3]
+    for row in [*summary["rows"], *summary["fixed_tokens"]["rows"]]:
+        medians = [process["train_latency_ms"] for process in row["processes"]]
+        assert len(medians) == 2 and row["train_latency_ms"] == pytest.approx(sum(medians) / 2, abs=1e-3)
+        assert len(row["train_latency_samples_ms"]) == row["train_n_samples"] <= 4
+        assert row["tokens_per_sec"] == pytest.approx(
+            1e3 * row["seq_len"] * row["batch_size"] / row["latency_ms"], rel=1e-3)
+    assert summary["fits"]["lsh"]["train_latency"]["resampled"] == "processes"
+    assert summary["fixed_tokens"]["fits"]["lsh"]["attention_train_latency"]["n"] == 2
+    halved = summary["rows"][0]
+    cut = {**halved, "processes": halved["processes"][:1], "latency_ms": 123.0}
+    fixed = {"tokens": 64, "rows": summary["fixed_tokens"]["rows"]}
+    write_json(run.file(SUMMARY), {**summary, "state": "running", "rows": [cut], "fixed_tokens": fixed})
+    again = run_benchmark(run)
+    said = capsys.readouterr().out
+    assert "resuming: 3 rows" in said and said.count("forward") == 1, "one process was missing"
+    assert len(again["rows"][0]["processes"]) == 2 and again["rows"][1] == summary["rows"][1]
+
+
+def test_attention_alone_is_a_part_of_the_model_s_time(tmp_path: Path) -> None:
+    """At 1,024 tokens and four layers, where one block's attention is well below the whole and well above nothing."""
+    run = open_run(tmp_path / "r", preset="test", seed=3, overrides={
+        "benchmark.sequence_lengths": [1024], "benchmark.num_samples_per_length": 3, "model.max_seq_len": 1024,
+        "benchmark.attentions": ["lsh", "dense", "window"]})
+    for row in run_benchmark(run)["rows"]:
+        assert 0 < row["attention_latency_ms"] < row["latency_ms"], row
+        assert 0 < row["attention_train_latency_ms"] < row["train_latency_ms"], row
+
+
+@pytest.mark.parametrize(("attention", "parts"), [("lsh", {"hashing", "bucket_attn"}), ("dense", {"dense_attn"})])
+def test_attention_alone_hashes_and_attends_and_does_nothing_else(
+    tmp_path: Path, attention: str, parts: set[str]
+) -> None:
+    job = {**_job(make_run(tmp_path / "r")), "seq_len": 128, "batch_size": 2}
+    job["model"] = {**job["model"], "attention": attention}
+    measurement = Measurement(job, lambda record: None)
+    step = measurement._attention(load_ids(job), train=True)
+    noted = [note.clone() for note in measurement.model.blocks[0].attention.notes]  # hashing in training adds to them
+    with Profiler() as profiler:
+        step()
+    changed = [not before.equal(now) for before, now in zip(
+        noted, measurement.model.blocks[0].attention.notes, strict=True)]
+    assert all(changed) and bool(changed) == (attention == "lsh")
+    assert parts <= set(profiler.milliseconds()) <= {*parts, "sorting", "global"}, profiler.milliseconds()
+    assert all(parameter.grad is None for parameter in measurement.model.parameters())
+
+
+def test_processes_join_by_their_medians_and_the_spread_is_of_all_samples() -> None:
+    row = rows_of("lsh", [1024], 1.0, scatter=0.1)[0]
+    assert row["latency_samples_ms"] == pytest.approx([1024] * 2 + [921.6] * 2 + [1126.4] * 2)
+    assert row["latency_ms"] == 1024
+    assert row["latency_ms_p20"] == pytest.approx(921.6) and row["latency_ms_p80"] == pytest.approx(1126.4)
+    assert row["n_samples"] == 6 and row["seconds"] == 15.0 and len(row["processes"]) == 3
+    dead = {"attention": "lsh", "seq_len": 1024, "batch_size": 1, "status": "timeout", "reason": "slow", "seconds": 9.0}
+    joined = add_process(row, dead)
+    assert joined["status"] == "ok" and joined["latency_ms"] == row["latency_ms"] and joined["seconds"] == 24.0
+    assert joined["processes"][3] == {"status": "timeout", "seconds": 9.0, "reason": "slow"}
+    assert fit_rows([joined, *rows_of("lsh", [2048], 1.0)])["alpha"] == pytest.approx(1.0)
+
+
+def test_at_fixed_tokens_the_exponent_is_that_of_one_sequence() -> None:
+    rows = [row for n in (1024, 2048, 4096, 8192) for row in rows_of("lsh", [n], 1.3, batch=8192 // n)]
+    fits = fit_rows(rows)
+    assert fits["alpha"] == pytest.approx(1.3) and fits["beta"] == pytest.approx(1.0)
+    fit = fit_rows([row for n in (1024, 2048, 4096, 8192) for row in rows_of("lsh", [n], 1.3, scatter=0.05)])["fits"]
+    assert fit["lsh"]["attention_train_latency"]["bootstrap_high"] > 1.3 > fit["lsh"]["latency"]["bootstrap_low"]
+    assert fit["lsh"]["memory"]["resampled"] == "processes"
+
+
+def test_what_asks_for_more_than_what_failed_is_not_attempted() -> None:
+    rows = {Case("lsh", 4096, 4): {"attention": "lsh", "seq_len": 4096, "batch_size": 4, "status": "timeout"},
+            Case("lsh", 1024, 1): {"attention": "lsh", "seq_len": 1024, "batch_size": 1, "status": "error"}}
+    for case in (Case("lsh", 8192, 2), Case("lsh", 4096, 8), Case("lsh", 16_384, 1)):
+        assert _blocker(rows, case) is rows[Case("lsh", 4096, 4)], case
+    for case in (Case("dense", 8192, 2), Case("lsh", 2048, 8), Case("lsh", 8192, 1), Case("lsh", 1024, 2)):
+        assert _blocker(rows, case) is None, case
+
+
+def test_a_slow_length_is_not_repeated() -> None:
+    row = rows_of("lsh", [1024], 1.0)[0]
+    assert not _wants_another(row, 2, 300) and _wants_another(row, 3, 300)
+    assert not _wants_another(row, 3, 4.9 / REPEAT_SHARE) and not _wants_another({**row, "status": "error"}, 3, 300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_sample_finds_an_empty_cache_and_the_meter_weighs_nothing() -> None:
+    device = torch.device("cuda")
+    meter = Meter(device)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    assert meter.over_cache is not None and 2 * cache <= meter.own_bytes <= 2 * cache + (4 << 20)
+    meter.over_cache.fill_(1)
+    left: list[int] = []
+    assert meter.milliseconds(lambda: left.append(int(meter.over_cache.count_nonzero()))) > 0  # type: ignore[union-attr]
+    assert left == [0], "written over before the step, not after"
+    meter.reset_peak()
+    before = torch.cuda.memory_allocated() / 2**20
+    assert meter.peak_mb() == pytest.approx(before - meter.own_bytes / 2**20, abs=0.01)

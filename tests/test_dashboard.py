@@ -19,8 +19,8 @@ from example_arena import arena_rows, write_arena
 from example_runs import done_run, example_runs
 from streamlit.testing.v1 import AppTest
 
+from lshv2.benchmark_results import read_benchmark
 from lshv2.presets import make_settings
-from lshv2.readers import read_benchmark
 from lshv2.runs import append_jsonl, repo_root
 from lshv2.scaling import fit_power
 
@@ -347,7 +347,7 @@ def test_the_band_of_a_fit_is_the_textbook_one() -> None:
     """Against fit_power's own residuals and t: half width = t·s·√(1/n + (x − x̄)²/Sxx)."""
     from ui.scaling_charts import fitted
 
-    from lshv2.readers import Fit, Row
+    from lshv2.benchmark_results import Fit, Row
     from lshv2.scaling import student_t_quantile
 
     lengths = np.array([1024, 2048, 4096, 8192, 16384])
@@ -364,6 +364,38 @@ def test_the_band_of_a_fit_is_the_textbook_one() -> None:
     np.testing.assert_allclose(np.log(high / line), half, rtol=1e-9)
     np.testing.assert_allclose(np.log(line / low), half, rtol=1e-9)
     assert fitted(rows[:-1], read, "latency_ms") is None, "a line through other points than were fitted"
+
+
+def test_scaling_shows_both_layouts_attention_alone_and_every_doubling(root: Path) -> None:
+    app = page("scaling", "quick", "reference-h200/full")
+    full = json.loads((root / "reference-h200" / "full" / "benchmark_summary.json").read_text())
+
+    def line(heading: str) -> dict[str, str]:
+        rows = [row for row in table(app, heading) if row["run"] == "reference-h200/full" and row["attention"] == "LSH"]
+        return next(row for row in rows if row.get("cost", "forward + backward") == "forward + backward")
+
+    fit = full["fits"]["lsh"]["train_latency"]
+    shown = line("drawn again")
+    assert shown["longest decade, at most"] == f"{full['alpha_upper']:.3g}" and shown["drawn again"] == "processes"
+    assert shown["bootstrap [95 %]"] == f"[{fit['bootstrap_low']:.2f}, {fit['bootstrap_high']:.2f}]"
+    assert shown["a + b·n^α [95 %]"].startswith(f"{fit['fixed_part']['exponent']:.2f} [")
+    last = fit["doublings"][-1]
+    assert line("to 131,072")["to 131,072"] == f"{last['ratio']:.2f} [{last['low']:.2f}, {last['high']:.2f}]"
+    assert not app.info
+    app.segmented_control(key="every_length_with").set_value("fixed tokens").run()
+    assert not app.exception and app.info[0].value.startswith("quick: not measured at fixed tokens")
+    fixed = full["fixed_tokens"]["fits"]["lsh"]["train_latency"]
+    assert line("drawn again")["exponent [95 %]"].startswith(f"{fixed['exponent']:.2f} [")
+    row = next(row for row in full["fixed_tokens"]["rows"] if row["seq_len"] == 1024 and row["attention"] == "lsh")
+    assert table(app, "dense ÷ LSH")[0]["LSH, ms"] == f"{row['train_latency_ms'] / 128:.4g}"
+    app.segmented_control(key="time").set_value("attention, forward + backward").run()
+    line_of_1024 = table(app, "dense ÷ LSH")[0]
+    assert line_of_1024["LSH, ms"] == f"{row['attention_train_latency_ms'] / 128:.4g}"
+    assert "LSH, tokens/s" not in line_of_1024
+    drawn = json.loads(app.get("plotly_chart")[0].proto.spec)
+    assert drawn["layout"]["yaxis"]["title"]["text"] == "attention alone, forward + backward (ms)"
+    names = [trace["name"] for trace in drawn["data"] if trace.get("name")]
+    assert len(names) == 2 and all("α = " in name for name in names)
 
 
 def test_no_page_imports_torch(examples: Path) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from example_runs import done_run, failed_run, running_run, training_events, write_bar
 
+from lshv2.benchmark_results import read_benchmark
 from lshv2.curves import read_training
-from lshv2.readers import read_benchmark, read_manifest, read_profile, read_settings
+from lshv2.readers import read_manifest, read_profile, read_settings
 from lshv2.run_state import find_runs, log_tail, read_bar, run_status
 from lshv2.runs import Run, append_jsonl, write_json
 from lshv2.tolerant import MAX_BYTES, text
@@ -153,6 +154,53 @@ def test_rows_of_a_benchmark_that_make_no_sense_are_named(run: Run) -> None:
     benchmark, problems = read_benchmark(run.path)
     assert benchmark and len(benchmark.rows) == len(content["rows"]) - 3
     assert len(problems) == 3 and all(problem.file == "benchmark_summary.json" for problem in problems)
+
+
+def test_fixed_tokens_are_read_as_of_one_sequence_and_all_that_was_fitted_is_there(tmp_path: Path) -> None:
+    overrides = {"benchmark.fixed_tokens": 16_384, "benchmark.processes_per_length": 3}
+    done = done_run(tmp_path / "quick", steps=5, overrides=overrides)
+    content = json.loads(done.file("benchmark_summary.json").read_text())
+    benchmark, problems = read_benchmark(done.path)
+    assert benchmark and benchmark.fixed_tokens and problems == ()
+    assert math.isnan(benchmark.tokens) and benchmark.fixed_tokens.tokens == 16_384
+    short = ("lsh", 1024)
+    written = next(row for row in content["fixed_tokens"]["rows"] if (row["attention"], row["seq_len"]) == short)
+    read = next(row for row in benchmark.fixed_tokens.rows if (row.attention, row.seq_len) == short)
+    assert written["batch_size"] == 16
+    for column in ("latency_ms", "train_latency_ms_p20", "attention_latency_ms_p80", "activation_mb"):
+        assert read.get(column) == pytest.approx(written[column] / 16), column
+    assert read.get("tokens_per_sec") == written["tokens_per_sec"] and read.get("rss_mb") == written["rss_mb"]
+    entry = content["fits"]["lsh"]["train_latency"]
+    fit, scaling = (getattr(benchmark, name)["lsh", "train_latency"] for name in ("fits", "scaling"))
+    assert (fit.bootstrap_low, fit.upper) == (entry["bootstrap_low"], entry["upper"])
+    assert scaling.resampled == "processes" and set(scaling.ranges) == {"all", "longest_decade"}
+    assert scaling.ranges["longest_decade"].upper == content["alpha_upper"]
+    assert [one.ratio for one in scaling.doublings] == [one["ratio"] for one in entry["doublings"]]
+    assert scaling.fixed_part and scaling.fixed_part.exponent == entry["fixed_part"]["exponent"]
+
+
+def test_a_benchmark_of_before_there_were_ranges_is_read_and_broken_ones_are_left_out(run: Run) -> None:
+    content = json.loads(run.file("benchmark_summary.json").read_text())
+    for fits in content["fits"].values():
+        for fit in filter(None, fits.values()):
+            for key in ("ranges", "doublings", "fixed_part", "resampled", "upper", "bootstrap_low", "bootstrap_high"):
+                del fit[key]
+    for row in content["rows"]:
+        del row["processes"]
+    del content["fixed_tokens"], content["alpha_upper"]
+    write_json(run.file("benchmark_summary.json"), content)
+    benchmark, problems = read_benchmark(run.path)
+    assert benchmark and problems == () and benchmark.fixed_tokens is None
+    fit, scaling = benchmark.fits["lsh", "train_latency"], benchmark.scaling["lsh", "train_latency"]
+    assert fit.upper == fit.high and math.isnan(fit.bootstrap_high)
+    assert (scaling.ranges, scaling.doublings, scaling.fixed_part) == ({}, (), None)
+    content["fits"]["lsh"]["train_latency"] |= {"ranges": {"all": 3, "longest_decade": {"exponent": "x"}},
+                                                "doublings": [{"ratio": 2}, 7, {"seq_len": 8, "ratio": -1}]}
+    content["fixed_tokens"] = {"rows": "none"}
+    write_json(run.file("benchmark_summary.json"), content)
+    benchmark, problems = read_benchmark(run.path)
+    assert benchmark and benchmark.scaling["lsh", "train_latency"] == scaling and benchmark.fixed_tokens is None
+    assert [str(problem) for problem in problems] == ["benchmark_summary.json has no list 'rows'"]
 
 
 def test_states_follow_markers_and_signs_of_life(tmp_path: Path) -> None:

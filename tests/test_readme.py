@@ -19,7 +19,7 @@ def test_the_results_in_the_readme_are_up_to_date() -> None:
 
 def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
     row = {"attention": "lsh", "seq_len": 1024, "status": "ok", "latency_ms": 12.34, "train_latency_ms": 1234.5,
-           "rss_mb": 400.2}
+           "rss_mb": 400.2, "batch_size": 1}
     dead = {"attention": "dense", "seq_len": 2048, "status": "out of memory", "latency_ms": 7.0}
     fit = {"exponent": 1.014, "low": 0.9, "high": 1.131, "n": 5, "r2": 1.0, "min_seq_len": 1024, "max_seq_len": 16384}
     content = {"device": "cpu (tested)", "dtype": "float32", "state": "done", "rows": [row, dead],
@@ -36,6 +36,14 @@ def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
     assert "| 2,048 | not measured | 7.0 | not measured | out of memory | not measured | out of memory |" in said
     assert "α (forward + backward) = 1.01, 95 % interval 0.90 to 1.13, 5 lengths, 1,024 to 16,384 tokens; β" in said
     assert "β (memory above the fixed part) not measured." in said and said.endswith("All is well.")
+    decade = {**fit, "high": 1.2, "bootstrap_low": 1.0, "bootstrap_high": 1.25, "min_seq_len": 2048}
+    more = {**fit, "resampled": "processes", "ranges": {"longest_decade": decade}}
+    fixed = {"tokens": 131_072, "rows": [{**row, "batch_size": 128}], "fits": {"lsh": {"train_latency": fit}}}
+    write_json(tmp_path / "reference-x" / "full" / "benchmark_summary.json",
+               {**content, "fits": {"lsh": {"train_latency": more, "memory": None}}, "fixed_tokens": fixed})
+    said = readme.results(tmp_path)
+    assert ("; α over the longest decade, 2,048 to 16,384 tokens, at most 1.25 (the larger upper end of its interval "
+            "and a bootstrap over processes); α (forward + backward at 131,072 tokens a batch) = 1.01, 95 %") in said
     write_json(tmp_path / "reference-x" / "full" / "benchmark_summary.json", {**content, "state": "running"})
     assert "commit 0123456; the benchmark was not finished\n" in readme.results(tmp_path)
     with pytest.raises(UserError, match="once each"):

@@ -34,23 +34,43 @@ def flag(run: Run, name: str) -> dict[str, Any]:
 
 
 def lsh_fit(run: Run, measure: str, **values: Any) -> dict[str, Any]:
-    """The flags' flag after changing the LSH fit of one measure."""
+    """The flag after changing the LSH fit that it is judged by: of memory, or of time over the longest decade."""
     fits = read_json(run.file("benchmark_summary.json"))[0]["fits"]
-    fits["lsh"][measure] |= values
+    fit = fits["lsh"][measure]
+    (fit if measure == "memory" else fit["ranges"]["longest_decade"]).update(values)
     change(run, "benchmark_summary.json", fits=fits)
     return flag(run, {"train_latency": "alpha", "memory": "beta"}[measure])
 
 
 @pytest.mark.parametrize(
-    ("estimate", "low", "high", "passed"),
-    [(1.0, 0.95, 1.05, True), (1.1, 1.0, 1.2, True), (1.1, 0.99, 1.21, False), (1.5, 1.4, 1.6, False),
-     (1.0, None, None, None), (0.14, -0.89, 1.17, None)],
+    ("estimate", "low", "high", "bootstrap", "passed"),
+    [(1.0, 0.95, 1.05, None, True), (1.1, 1.0, 1.2, None, True), (1.1, 0.99, 1.21, None, False),
+     (1.5, 1.4, 1.6, None, False), (1.0, None, None, None, None), (0.14, -0.89, 1.17, None, None),
+     (1.1, 1.0, 1.19, 1.15, True), (1.1, 1.0, 1.19, 1.21, False), (1.1, 1.0, 1.21, 1.15, False)],
 )
-def test_alpha_is_judged_by_the_upper_end_of_its_interval(
-    run: Run, estimate: float, low: float | None, high: float | None, passed: bool | None
+def test_alpha_is_judged_by_the_larger_upper_end_over_the_longest_decade(
+    run: Run, estimate: float, low: float | None, high: float | None, bootstrap: float | None, passed: bool | None
 ) -> None:
-    found = lsh_fit(run, "train_latency", exponent=estimate, low=low, high=high)
-    assert found["passed"] is passed and found["value"] == estimate
+    found = lsh_fit(run, "train_latency", exponent=estimate, low=low, high=high, bootstrap_low=estimate - 0.01,
+                    bootstrap_high=bootstrap)
+    assert found["passed"] is passed and found["value"] == estimate, found
+    assert "4 lengths, 2,048 to 16,384 tokens" in found["detail"]
+    assert (passed is None) == ("not measured" in found["detail"])
+
+
+def test_alpha_over_all_lengths_decides_nothing(run: Run) -> None:
+    """Overheads of short lengths flatten the whole; a file without the longest decade is not judged by it."""
+    fits = read_json(run.file("benchmark_summary.json"))[0]["fits"]
+    fits["lsh"]["train_latency"] |= {"exponent": 2.0, "low": 1.9, "high": 2.1}
+    change(run, "benchmark_summary.json", fits=fits)
+    assert flag(run, "alpha")["passed"] is not False
+    del fits["lsh"]["train_latency"]["ranges"]
+    change(run, "benchmark_summary.json", fits=fits)
+    found = flag(run, "alpha")
+    assert found["passed"] is None and "not measured: this file was written before" in found["detail"]
+    fits["lsh"]["train_latency"] = None
+    change(run, "benchmark_summary.json", fits=fits)
+    assert flag(run, "alpha")["detail"] == "not measured: too few lengths succeeded"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import streamlit as st
 
 from lshv2 import arena_results, operator_results
 from lshv2.arena_results import read_arena
+from lshv2.benchmark_results import read_benchmark
 from lshv2.curves import read_training
 from lshv2.operator_results import read_operator
-from lshv2.readers import read_benchmark, read_manifest, read_profile, read_settings
+from lshv2.readers import read_manifest, read_profile, read_settings
 from lshv2.run_state import Entry
 from lshv2.tolerant import Problem, Problems, refusal
 

@@ -9,8 +9,8 @@ from html import escape
 import numpy as np
 import plotly.graph_objects as go
 
+from lshv2.benchmark_results import Benchmark, Fit, FixedPart, Row
 from lshv2.curves import Array
-from lshv2.readers import Benchmark, Fit, Row
 from lshv2.run_state import Entry
 from ui.page import Look
 from ui.style import faded, figure, length_axis
@@ -31,9 +31,14 @@ class Measure:
     symbol: str  # α for time, β for memory
 
 
+ATTENTION = Measure("attention_latency_ms", "attention_latency", "attention alone, forward (ms)", "α")
+ATTENTION_TRAIN = Measure("attention_train_latency_ms", "attention_train_latency",
+                          "attention alone, forward + backward (ms)", "α")
 TRAIN = Measure("train_latency_ms", "train_latency", "forward + backward (ms)", "α")
 FORWARD = Measure("latency_ms", "latency", "forward (ms)", "α")
 MEMORY = Measure("activation_mb", "memory", "activation memory (MB)", "β")
+TIMES = {"forward + backward": TRAIN, "forward": FORWARD, "attention, forward + backward": ATTENTION_TRAIN,
+         "attention, forward": ATTENTION}
 
 
 def measured(rows: list[Row], column: str) -> list[Row]:
@@ -58,10 +63,13 @@ def fitted(rows: list[Row], fit: Fit, column: str) -> tuple[Array, Array, Array,
     return np.exp(x), np.exp(y), np.exp(y - half), np.exp(y + half)
 
 
-def interval(fit: Fit) -> str:
-    if not (math.isfinite(fit.low) and math.isfinite(fit.high)):
-        return f"{fit.exponent:.2f} (two lengths: no interval)"
-    return f"{fit.exponent:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
+def interval(fit: Fit | FixedPart) -> str:
+    return f"{fit.exponent:.2f} {between(fit.low, fit.high) or '(no interval)'}"
+
+
+def between(low: float, high: float) -> str:
+    """`[0.98, 1.04]`, or nothing."""
+    return f"[{low:.2f}, {high:.2f}]" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def cost_chart(runs: Runs, measure: Measure, attentions: list[str]) -> go.Figure:

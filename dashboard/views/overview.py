@@ -7,8 +7,9 @@ from ui.data import Noted, downloads, read
 from ui.page import live, notices, selected
 from ui.style import STATE_WORDS, count, duration, plain, quantity, table
 
+from lshv2.benchmark_results import read_benchmark
 from lshv2.curves import read_training
-from lshv2.readers import Manifest, read_benchmark, read_manifest, read_settings
+from lshv2.readers import Manifest, read_manifest, read_settings
 from lshv2.run_state import Entry, Status, run_status
 
 entries = selected()

@@ -1,10 +1,17 @@
-"""The benchmark's rows in order, each in its own process, and the exponents fitted to them.
+"""The benchmark's rows in order, each process a fresh one, and the exponents fitted to them.
 
-Order: short to long, at each length the attentions in the order of `benchmark.attentions`. A row that ran out of
-time or memory settles the longer lengths of the same attention: they cannot do better, so they are written as
-`skipped`, with the reason, instead of spending the limit once more each. After an `error` they are still tried.
+Two layouts: every length at `benchmark.batch_size` sequences, and, with `benchmark.fixed_tokens`, every length at as
+many sequences as make so many tokens, so that short lengths too fill the machine. A case is one (attention, length,
+batch size); where both layouts ask for the same, it is measured once. Order: short to long, at each length the
+attentions in the order of `benchmark.attentions`, then the other layout. With `benchmark.processes_per_length` above
+one all cases are measured once before any is measured again, so that a machine that slows down bends no curve; a case
+whose first process took more than REPEAT_SHARE of the time limit is not repeated.
 
-`benchmark_summary.json` is written after every row. A benchmark that was killed (state `running`) goes on where it
+A case that ran out of time or memory settles those of the same attention that are no shorter and have no fewer tokens:
+they cannot do better, so they are written as `skipped`, with the reason, instead of spending the limit once more each.
+After an `error` they are still tried.
+
+`benchmark_summary.json` is written after every process. A benchmark that was killed (state `running`) goes on where it
 was: its rows are kept as long as model, weights, limits, code and machine are the same (`measured_on`).
 One that is `done` is measured afresh.
 """
@@ -14,33 +21,29 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lshv2.benchmark import worker
 from lshv2.benchmark.process import run_limited
+from lshv2.benchmark.rows import Case, Row, add_process, describe, fit_rows, skipped
 from lshv2.checkpoint import find_checkpoint
-from lshv2.config import ModelConfig
+from lshv2.config import BenchmarkConfig, ModelConfig
 from lshv2.machine import machine, source_hashes
 from lshv2.progress import Progress
 from lshv2.runs import SCHEMA, Run, read_json, sha256, write_json
-from lshv2.scaling import fit_power
 
 SUMMARY = "benchmark_summary.json"
 # Named through the imported module, so that whoever asks which code is behind the benchmark finds the worker's too.
 WORKER = (sys.executable, "-c", f"from {worker.__name__} import main; main()")
-FIT_FROM = 16_384  # below, launch overheads and cache sizes hide the exponent: used where three lengths remain
-RESOLUTION_MB = 1.0  # peaks below this are within the allocator's granularity
+REPEAT_SHARE = 1 / 5  # of the time limit
 TIMED = ("lshv2/attention/", "lshv2/backbone", "lshv2/benchmark/", "lshv2/block", "lshv2/halting", "lshv2/hashing",
          "lshv2/layers", "lshv2/losses", "lshv2/model", "lshv2/ponder")  # the code that a row depends on
-MEASURES = {"latency": "latency_ms", "train_latency": "train_latency_ms", "memory": "activation_mb"}
 SHARED = ("device", "dtype", "threads")  # reported by each worker, the same in all rows
-Row = dict[str, Any]
 
 
 def run_benchmark(run: Run) -> dict[str, Any]:
-    """Measure every (attention, length) of the settings; returns what `benchmark_summary.json` holds at the end.
+    """Measure every case of the settings; returns what `benchmark_summary.json` holds at the end.
 
     The weights are the newest language-model checkpoint's, else untrained; the input is the run's held-out text, else
     seeded random ids. Raises nothing for a row that fails: its `status` and `reason` say why.
@@ -48,26 +51,66 @@ def run_benchmark(run: Run) -> dict[str, Any]:
     settings = run.settings.benchmark
     job = _job(run)
     summary = _resumed(run, job)
-    rows = {(row["attention"], row["seq_len"]): row for row in summary["rows"]}
-    todo = [(a, n) for n in settings.sequence_lengths for a in settings.attentions]
-    with Progress(run, "04_benchmark", "benchmark", len(todo), unit="row") as bar:
-        for attention, seq_len in todo:
-            if (attention, seq_len) not in rows:
-                blocker = _blocker(rows, attention, seq_len)
-                row = _measure(job, attention, seq_len, summary) if blocker is None else _skipped(blocker, seq_len)
-                rows[attention, seq_len] = row
-                summary["rows"] = [rows[key] for key in todo if key in rows]
+    rows = {_case(row): row for row in _rows(summary)}
+    layouts = _layouts(settings)
+    todo = [(case, turn) for turn in range(settings.processes_per_length)
+            for case in dict.fromkeys(case for cases in layouts.values() for case in cases)]
+    with Progress(run, "04_benchmark", "benchmark", len(todo), unit="process") as bar:
+        for case, turn in todo:
+            row = rows.get(case)
+            if row is None and (blocker := _blocker(rows, case)):
+                rows[case] = skipped(blocker, case)
+            elif row is None or _wants_another(row, turn, job["timeout_seconds"]):
+                rows[case] = add_process(row, _measure(job, case, summary))
+            if rows[case] is not row:
+                _place(summary, layouts, rows)
                 write_json(run.file(SUMMARY), summary)
-                print(describe(row), flush=True)
-            row = rows[attention, seq_len]
-            bar.update(1, seq_len=seq_len, attention=attention, latency_ms=row.get("latency_ms", row["status"]))
+                print(describe(rows[case]), flush=True)
+            done = rows[case]
+            figure = done["latency_ms"] if "latency_ms" in done else done["status"]
+            bar.update(1, seq_len=case.seq_len, attention=case.attention, latency_ms=figure)
     summary |= {"state": "done", **fit_rows(summary["rows"])}
+    if summary["fixed_tokens"]:
+        summary["fixed_tokens"] |= fit_rows(summary["fixed_tokens"]["rows"])
     write_json(run.file(SUMMARY), summary)
     return summary
 
 
+def _layouts(settings: BenchmarkConfig) -> dict[str, list[Case]]:
+    """The cases of "rows" and, where asked for, of "fixed_tokens", in their order."""
+    pairs = [(attention, n) for n in settings.sequence_lengths for attention in settings.attentions]
+    layouts = {"rows": [Case(attention, n, settings.batch_size) for attention, n in pairs]}
+    if tokens := settings.fixed_tokens:
+        layouts["fixed_tokens"] = [Case(attention, n, tokens // n) for attention, n in pairs if n <= tokens]
+    return layouts
+
+
+def _place(summary: dict[str, Any], layouts: dict[str, list[Case]], rows: dict[Case, Row]) -> None:
+    """Each layout's rows where the contract has them."""
+    for name, cases in layouts.items():
+        there = [rows[case] for case in cases if case in rows]
+        if name == "rows":
+            summary["rows"] = there
+        else:
+            summary[name]["rows"] = there
+
+
+def _rows(summary: dict[str, Any]) -> list[Row]:
+    """The rows of both layouts; one that is in both comes twice."""
+    return [*summary["rows"], *(summary["fixed_tokens"] or {"rows": []})["rows"]]
+
+
+def _case(row: Row) -> Case:
+    return Case(row["attention"], row["seq_len"], row["batch_size"])
+
+
+def _wants_another(row: Row, turn: int, limit: float) -> bool:
+    done = row["processes"]
+    return row["status"] == "ok" and len(done) <= turn and done[0]["seconds"] <= REPEAT_SHARE * limit
+
+
 def _job(run: Run) -> dict[str, Any]:
-    """What every worker is told; attention and seq_len are added for each.
+    """What every worker is told; attention, seq_len and batch_size are added for each.
 
     Capacity is raised to the longest length, while `n_buckets` stays the run's own: it is part of the model (the hash
     tables' shape), and with buckets capped at `bucket_size` keys a token's cost does not depend on it.
@@ -84,7 +127,7 @@ def _job(run: Run) -> dict[str, Any]:
             **{**model.model_dump(), "max_seq_len": longest, "n_buckets": model.resolved_n_buckets}
         ).model_dump(),
         "trained_attention": model.attention, "gradient_checkpoint": run.settings.train.gradient_checkpoint,
-        "precision": run.settings.train.precision, "seed": run.settings.seed, "batch_size": settings.batch_size,
+        "precision": run.settings.train.precision, "seed": run.settings.seed,
         "samples": settings.num_samples_per_length, "max_memory_gb": settings.max_memory_gb,
         "timeout_seconds": settings.timeout_seconds, "checkpoint": str(checkpoint) if checkpoint else None,
         "tokens": str(run.data / "eval.bin") if described else None, "tokenizer_size": tokenizer_size,
@@ -98,83 +141,45 @@ def _resumed(run: Run, job: dict[str, Any]) -> dict[str, Any]:
     code = {name: digest for name, digest in source_hashes().items() if name.startswith(TIMED)}
     decisive = json.dumps([key, contents, machine(), code], sort_keys=True)
     measured_on = hashlib.sha256(decisive.encode()).hexdigest()
-    checkpoint = job["checkpoint"]
-    empty = {
+    checkpoint, tokens = job["checkpoint"], run.settings.benchmark.fixed_tokens
+    empty: dict[str, Any] = {
         "schema": SCHEMA, "state": "running", "measured_on": measured_on, **dict.fromkeys(SHARED),
         "weights": f"checkpoint {Path(checkpoint).name}" if checkpoint else "untrained",
         "tokens": "held-out text" if job["tokens"] else "random",
         "gradient_checkpoint": job["gradient_checkpoint"], "rows": [],
+        "fixed_tokens": {"tokens": tokens, "rows": []} if tokens else None,
     }
     former, _ = read_json(run.file(SUMMARY))
     if not isinstance(former, dict) or former.get("state") != "running" or former.get("measured_on") != measured_on:
         return empty
-    rows = [row for row in former["rows"] if row["status"] != "skipped"]
-    if rows:
-        print(f"resuming: {len(rows)} rows were measured before this benchmark was interrupted")
-    return {**empty, **{name: former[name] for name in SHARED}, "rows": rows}
+    summary = {**empty, **{name: former[name] for name in SHARED}}
+    summary["rows"] = [row for row in former["rows"] if row["status"] != "skipped"]
+    before = former["fixed_tokens"]
+    if tokens and before and before["tokens"] == tokens:
+        summary["fixed_tokens"]["rows"] = [row for row in before["rows"] if row["status"] != "skipped"]
+    if count := len({_case(row) for row in _rows(summary)}):
+        print(f"resuming: {count} rows were measured before this benchmark was interrupted")
+    return summary
 
 
-def _measure(job: dict[str, Any], attention: str, seq_len: int, summary: dict[str, Any]) -> Row:
-    """One row from a fresh process; what is the same in all rows moves to the summary."""
+def _measure(job: dict[str, Any], case: Case, summary: dict[str, Any]) -> Row:
+    """What a fresh process measured; what is the same in all rows moves to the summary."""
     outcome = run_limited(
-        WORKER, {**job, "model": {**job["model"], "attention": attention}, "seq_len": seq_len},
+        WORKER, {**job, "model": {**job["model"], "attention": case.attention}, "seq_len": case.seq_len,
+                 "batch_size": case.batch_size},
         timeout_seconds=job["timeout_seconds"], max_memory_gb=job["max_memory_gb"],
     )
     for name in SHARED:
         value = outcome.result.pop(name, None)
         summary[name] = value if summary[name] is None else summary[name]
-    return {
-        "attention": attention, "seq_len": seq_len, "batch_size": job["batch_size"], "status": outcome.status,
-        "reason": outcome.reason, "seconds": round(outcome.seconds, 2), **outcome.result,
-    }
+    return {**case._asdict(), "status": outcome.status, "reason": outcome.reason,
+            "seconds": round(outcome.seconds, 2), **outcome.result}
 
 
-def _blocker(rows: dict[tuple[str, int], Row], attention: str, seq_len: int) -> Row | None:
-    """A shorter row of this attention that ran out of time or memory, if there is one."""
-    hopeless = [row for (a, n), row in rows.items()
-                if a == attention and n < seq_len and row["status"] in ("timeout", "out of memory")]
+def _blocker(rows: dict[Case, Row], case: Case) -> Row | None:
+    """The shortest row of this attention that asked for no more and ran out of time or memory, if there is one."""
+    tokens = case.seq_len * case.batch_size
+    hopeless = [row for (attention, n, batch), row in rows.items()
+                if attention == case.attention and n <= case.seq_len and n * batch <= tokens
+                and row["status"] in ("timeout", "out of memory")]
     return min(hopeless, key=lambda row: row["seq_len"], default=None)
-
-
-def _skipped(blocker: Row, seq_len: int) -> Row:
-    reason = f"not attempted: {blocker['seq_len']} tokens already ended in {blocker['status']}"
-    return {"attention": blocker["attention"], "seq_len": seq_len, "batch_size": blocker["batch_size"],
-            "status": "skipped", "reason": reason}
-
-
-def fit_rows(rows: list[Row]) -> dict[str, Any]:
-    """`fits`, `alpha`, `beta`, their intervals and `longest_ok` from the rows whose status is ok."""
-    fits: dict[str, dict[str, Any]] = {}
-    longest: dict[str, int | None] = {}
-    for attention in dict.fromkeys(row["attention"] for row in rows):
-        mine = [row for row in rows if row["attention"] == attention and row["status"] == "ok"]
-        longest[attention] = max((row["seq_len"] for row in mine), default=None)
-        fits[attention] = {name: _fit(mine, key) for name, key in MEASURES.items()}
-    chosen = {"alpha": fits.get("lsh", {}).get("train_latency"), "beta": fits.get("lsh", {}).get("memory")}
-    result: dict[str, Any] = {"fits": fits, "longest_ok": longest}
-    for name, fit in chosen.items():
-        result[name] = fit["exponent"] if fit else None
-        result[f"{name}_interval"] = [fit["low"], fit["high"]] if fit and fit["low"] is not None else None
-    return result
-
-
-def _fit(rows: list[Row], key: str) -> dict[str, Any] | None:
-    """The exponent of one column; None with fewer than two usable lengths.
-
-    Lengths from FIT_FROM on where there are at least three of them, else all: fixed overheads at short lengths would
-    flatter the exponent. `min_seq_len` and `max_seq_len` say which range it was.
-    """
-    floor = RESOLUTION_MB if key == "activation_mb" else 0.0
-    points = [(row["seq_len"], row[key]) for row in rows if row[key] > floor]
-    long = [point for point in points if point[0] >= FIT_FROM]
-    points = long if len(long) >= 3 else points
-    return asdict(fit_power([n for n, _ in points], [y for _, y in points])) if len(points) >= 2 else None
-
-
-def describe(row: Row) -> str:
-    """One line of the log."""
-    what = f"{row['attention']:>6} {row['seq_len']:>7,} tokens: "
-    if row["status"] != "ok":
-        return f"{what}{row['status']}: {row['reason']}"
-    return (f"{what}forward {row['latency_ms']:,.1f} ms, with backward {row['train_latency_ms']:,.1f} ms, "
-            f"activations {row['activation_mb']:,.0f} MB")

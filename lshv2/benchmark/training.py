@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from lshv2.batches import Task
 from lshv2.benchmark.meter import Meter
-from lshv2.benchmark.worker import device_name
+from lshv2.benchmark.worker import FASTEST, device_name
 from lshv2.config import ModelConfig, Settings
 from lshv2.evaluation import Batch
 from lshv2.machine import environment
@@ -47,8 +47,6 @@ from lshv2.runs import Run, read_json, write_json
 from lshv2.trainer import Trainer, pick_device
 
 PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bf16 FLOP/s
-# The dense twin gets the fastest of these on an H200 (`lshv2.benchmark.attention`) that takes it, not torch's choice.
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GROUPS = (  # of kernels, by a part of their name, the first that fits
     ("elementwise", ("triton_",)),  # fused by torch.compile, and named after all that is in them, such as _to_copy_
     ("attention", ("_far_", "_local_", "_row_products", "_spans", "_codes", "_earlier", "_best_cells", "_bucket_ids",

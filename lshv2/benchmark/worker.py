@@ -1,10 +1,14 @@
-"""The process that measures one (attention, seq_len): `main()`, with a job on standard input.
+"""The process that measures one (attention, seq_len, batch_size): `main()`, with a job on standard input.
 
 What is timed: `latency_ms` is `model.eval()`, no gradients, `model(ids, labels=ids).loss`; `train_latency_ms` is
-`model.train()`, the loss and its backward, gradients dropped afterwards, no optimizer. The first pass of either at
-the measured length is a warm-up and discarded, unless it took over WARM_SECONDS: one-time costs, which the tiny
-warm-up has paid already, are lost in that, and it counts. No further sample is taken once a part has used its SHARE
-of the time limit, or when the next would not fit into what is left: `n_samples` and `train_n_samples` tell.
+`model.train()`, the loss and its backward, gradients dropped afterwards, no optimizer. `attention_latency_ms` and
+`attention_train_latency_ms` are the first block's attention operator alone, of the q, k and v that this input has
+there: from them to what is attended, so hashing and sorting too, and with backward to their gradients; no projections.
+
+The first pass of each at the measured length is a warm-up and discarded. On a CPU, where nothing is compiled, one of
+over WARM_SECONDS counts: one-time costs, which the tiny warm-up has paid already, are lost in that. No further sample
+is taken once those of a part have used its share of the time limit, or when the next would not fit into what is left:
+`n_samples`, `train_n_samples` and so on tell. Dense attention gets the FASTEST of torch's backends that takes it.
 
 Memory is the meter's peak over the forward + backward passes. `fixed_mb` is the same peak for the same two passes at
 TINY tokens: interpreter, libraries, weights, gradients.
@@ -20,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +32,24 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lshv2.benchmark.meter import Meter
 from lshv2.benchmark.process import MEMORY_ERROR
+from lshv2.block import Block
 from lshv2.checkpoint import load_model, read_checkpoint
 from lshv2.config import ModelConfig
 from lshv2.data.packing import read_stream
+from lshv2.layers import rotary_angles
 from lshv2.machine import cpu_model
 from lshv2.model import LSHModel
 from lshv2.trainer import pick_device
 
 TINY = 16  # tokens
 WARM_SECONDS = 0.5
-SHARE = 1 / 12  # of the time limit, for each of the two parts
+SHARE, ATTENTION_SHARE = 1 / 12, 1 / 90  # of the time limit, for the samples of each part
+# By their speed on an H200 (`lshv2.benchmark.attention`); torch's own choice is not always the fastest.
+FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Measurement:
@@ -55,9 +65,13 @@ class Measurement:
         half = job["precision"] == "bfloat16" or (job["precision"] == "auto" and self.device.type == "cuda")
         self.dtype = torch.bfloat16 if half else torch.float32
         self.loss = math.nan
+        self.medians: dict[str, float] = {}  # milliseconds of each part, by its prefix
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def loss_of(self, ids: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.precision():
             return self.model(ids, labels=ids).loss
 
     @torch.no_grad()
@@ -77,7 +91,7 @@ class Measurement:
             "threads": torch.get_num_threads(), "parameters": self.model.count_parameters(),
         })
         ids = load_ids(self.job).to(self.device)
-        tiny = ids[:, :TINY].contiguous()
+        tiny = ids[:1, :TINY].contiguous()
         self.meter.reset_peak()
         for train in (False, True):
             self.model.train(train)
@@ -87,42 +101,80 @@ class Measurement:
         limit_mb = self.job["max_memory_gb"] * 1024
         if fixed > limit_mb:
             raise MemoryError(f"libraries and weights alone take {fixed:,.0f} MB of {limit_mb:,.0f}")
-        with self.meter.limited(self.job["max_memory_gb"]):
-            peaks = [self._part("", self.forward, ids), self._part("train_", self.forward_backward, ids)]
-        # Without a resettable peak both readings include what came before: the larger is the peak either way.
-        self.report({
-            "forward_rss_mb": round(peaks[0], 2), "rss_mb": round(max(peaks), 2),
-            "activation_mb": round(max(peaks) - fixed, 2), "status": "ok",
-        })
+        dense = self.model.config.attention == "dense"
+        with self.meter.limited(limit_mb / 1024), sdpa_kernel(FASTEST, set_priority=True) if dense else nullcontext():
+            peaks = [self._whole("", self.forward, ids), self._whole("train_", self.forward_backward, ids)]
+            # Without a resettable peak both readings include what came before: the larger is the peak either way.
+            self.report({
+                "forward_rss_mb": round(peaks[0], 2), "rss_mb": round(max(peaks), 2),
+                "activation_mb": round(max(peaks) - fixed, 2),
+            })
+            for prefix in ("", "train_"):
+                if self._fits(self.medians[prefix]):  # a part of that pass, which cannot take longer
+                    self._part(f"attention_{prefix}", self._attention(ids, bool(prefix)), ATTENTION_SHARE)
+        self.report({"status": "ok"})
 
-    def _part(self, prefix: str, step: Callable[[Tensor], None], ids: Tensor) -> float:
-        """Time one of the two kinds of pass, report it, and return its peak in MB."""
+    def _whole(self, prefix: str, step: Callable[[Tensor], None], ids: Tensor) -> float:
+        """Time one of the two kinds of pass of the model, report it, and return its peak in MB."""
         self.model.train(bool(prefix))
         self.meter.reset_peak()
-        samples = self._samples(lambda: step(ids))
+        self._part(prefix, lambda: step(ids), SHARE)
         if not math.isfinite(self.loss):
             raise FloatingPointError(f"the loss is {self.loss} at {self.job['seq_len']} tokens")
-        low, median, high = np.quantile(samples, [0.2, 0.5, 0.8])
-        name = f"{prefix}latency"
-        self.report({
-            f"{name}_ms": round(float(median), 4), f"{name}_ms_p20": round(float(low), 4),
-            f"{name}_ms_p80": round(float(high), 4), f"{name}_samples_ms": [round(s, 4) for s in samples],
-            f"{prefix}tokens_per_sec": round(ids.numel() / float(median) * 1e3, 2), f"{prefix}n_samples": len(samples),
-            **({} if prefix else {"loss": round(self.loss, 5)}),
-        })
+        self.report({f"{prefix}tokens_per_sec": round(ids.numel() / self.medians[prefix] * 1e3, 2),
+                     **({} if prefix else {"loss": round(self.loss, 5)})})
         return self.meter.peak_mb()
 
-    def _samples(self, step: Callable[[], None]) -> list[float]:
+    def _attention(self, ids: Tensor, train: bool) -> Callable[[], None]:
+        """A pass of the first block's attention operator alone, with its inputs made before."""
+        self.model.train(train)
+        block, config = self.model.blocks[0], self.model.config
+        assert isinstance(block, Block)
+        attention, lsh = block.attention, config.attention == "lsh"
+        with torch.no_grad(), self.precision():
+            hidden = block.attention_norm(self.model.embedding(ids))
+            hashed_q, hashed_k, _ = attention.project(hidden)
+            q, k, v, *no_ids = attention.prepare(hidden, *rotary_angles(ids.shape[1], config, self.device))
+        inputs = [x.detach().requires_grad_(train) for x in (q, k, v)]
+        # not ones: a GPU's power, and with it its clock, follows the bits; laid out in memory as the model's is
+        generator = torch.Generator(self.device).manual_seed(self.job["seed"])
+        shape = q.transpose(1, 2).shape
+        gradient = torch.randn(shape, generator=generator, device=self.device).to(v.dtype).transpose(1, 2)
+
+        def step() -> None:
+            with torch.set_grad_enabled(train), self.precision():
+                found = attention.hash(hashed_q, hashed_k) if lsh else no_ids
+                out = attention.attend(*inputs, *found)
+            if train:
+                torch.autograd.grad(out, inputs, gradient)
+
+        return step
+
+    def _part(self, prefix: str, step: Callable[[], None], share: float) -> None:
+        """Time a pass; report its median, spread and samples under this prefix."""
+        samples = self._samples(step, share * self.job["timeout_seconds"])
+        low, median, high = (float(value) for value in np.quantile(samples, [0.2, 0.5, 0.8]))
+        name = f"{prefix}latency"
+        self.report({
+            f"{name}_ms": round(median, 4), f"{name}_ms_p20": round(low, 4), f"{name}_ms_p80": round(high, 4),
+            f"{name}_samples_ms": [round(s, 4) for s in samples], f"{prefix}n_samples": len(samples),
+        })
+        self.medians[prefix] = median
+
+    def _samples(self, step: Callable[[], None], seconds: float) -> list[float]:
         """Milliseconds of each sample; the module's docstring says when fewer than asked for are taken."""
-        began = time.monotonic()
         first = self.meter.milliseconds(step)
-        samples = [first] if first > WARM_SECONDS * 1e3 else []
+        counts = first > WARM_SECONDS * 1e3 and (not self.meter.cuda or not self._fits(first))
+        samples = [first] if counts else []
         while len(samples) < self.job["samples"]:
-            spent, left = time.monotonic() - began, self.deadline - time.monotonic()
-            if samples and (spent > SHARE * self.job["timeout_seconds"] or left < 1.5e-3 * statistics.median(samples)):
+            if samples and (sum(samples) > seconds * 1e3 or not self._fits(statistics.median(samples))):
                 break
             samples.append(self.meter.milliseconds(step))
         return samples
+
+    def _fits(self, milliseconds: float) -> bool:
+        """Whether a sample like this would end within the time limit."""
+        return self.deadline - time.monotonic() > 1.5e-3 * milliseconds
 
 
 def device_name(device: torch.device) -> str:
