@@ -6,7 +6,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 ## RUN=name          the run's folder below runs/ (default: the preset's name)
-## PRESET=quick|full size of test-only, no-training, no-benchmark (default: quick)
+## PRESET=quick|full size of test-only, no-training, no-benchmark, arena (default: quick)
 ## SET="a.b=1 c.d=2" any setting, such as "train.learning_rate=3e-4 model.n_layers=4" (lists: [1024,2048])
 ## SEED=0            of data, weights and order
 ## DATA=path         a .txt, .md, .py or .jsonl file or a folder of them (default: Python's own sources)
@@ -36,7 +36,7 @@ find_python = for python in python3 python3.11 python3.12 python3.13 none; do \
 	done; \
 	py=$$($$python -m lshv2.environment $(1))
 
-.PHONY: help quick full test-only no-training no-benchmark package dashboard lab test lint clean-run lock
+.PHONY: help quick full test-only no-training no-benchmark arena package dashboard lab test lint clean-run lock
 
 help: ## this text
 	@echo 'make TARGET [VARIABLE=value ...]'; echo; echo 'targets'
@@ -47,9 +47,10 @@ quick: ## every phase at laptop size: five minutes on two cores
 full: ## every phase at the documented size (asks for a GPU)
 test-only: ## phases 01_model and 02_data
 no-training: ## all but 03_train: benchmark what is trained already
-no-benchmark: ## all but 04_benchmark
+no-benchmark: ## all but 04_benchmark and 04_arena
+arena: ## 04_arena alone: accuracy by length (PRESET=full for all tasks, models and lengths)
 package: ## 05_report alone: manifest, pictures and the zip of a run
-quick full test-only no-training no-benchmark package:
+quick full test-only no-training no-benchmark arena package:
 	@$(call find_python); exec "$$py" -m lshv2 $@ $(ARGUMENTS)
 
 dashboard: ## the runs in a browser, at http://127.0.0.1:8501

@@ -23,7 +23,8 @@ COMMANDS = {
     "full": PHASES,
     "test-only": ("01_model", "02_data"),
     "no-training": tuple(name for name in PHASES if name != "03_train"),
-    "no-benchmark": tuple(name for name in PHASES if name != "04_benchmark"),
+    "no-benchmark": tuple(name for name in PHASES if not name.startswith("04_")),
+    "arena": ("04_arena",),
     "package": ("05_report",),
 }
 VARIABLES = ("RUN", "PRESET", "SEED", "NPROC", "DATA", "SET", "FORCE", "YES")

@@ -235,6 +235,28 @@ class BenchmarkConfig(Section):
         return self
 
 
+class ArenaConfig(Section):
+    """The arena: what models can do with their context, by length. Recipes (`lshv2.arena.recipes`) decide the rest."""
+
+    tasks: tuple[str, ...] = Field((), description="of `python -m lshv2.arena --help`; empty: all of them")
+    attentions: tuple[Literal["lsh", "dense", "window"], ...] = ("lsh", "dense", "window")
+    seeds: PositiveInt = Field(3, description="models of each kind; seeds count from the run's")
+    lengths: tuple[PositiveInt, ...] | None = Field(None, description="judged; None: the recipe's, up to 131,072")
+    sequences: PositiveInt | None = Field(None, description="judged at each length; None: the recipe's")
+    steps: PositiveInt | None = Field(None, description="of training; None: the recipe's")
+    small: bool = Field(False, description="laptop sizes")
+    jobs_a_gpu: PositiveInt = Field(2, description="models that train side by side on a GPU")
+    plugins: tuple[str, ...] = Field((), description="Python files with tasks of your own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            listed = {k: v.split(",") if isinstance(v, str) else v for k, v in values.items()}
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
+        return values
+
+
 class ParallelConfig(Section):
     """Processes that train together. No result depends on it but for rounding: another choice reruns no phase."""
 
@@ -276,6 +298,7 @@ class Settings(Section):
     train: TrainingConfig = TrainingConfig()
     recall: RecallConfig = RecallConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    arena: ArenaConfig = ArenaConfig()
     parallel: ParallelConfig = ParallelConfig()
     tracking: TrackingConfig = TrackingConfig()
 

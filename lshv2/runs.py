@@ -23,7 +23,7 @@ from lshv2.config import Settings
 from lshv2.errors import UserError
 from lshv2.presets import make_settings, validate
 
-PHASES = ("01_model", "02_data", "03_train", "04_benchmark", "05_report")
+PHASES = ("01_model", "02_data", "03_train", "04_benchmark", "04_arena", "05_report")
 SCHEMA = 1
 LOCK = ".lock"  # in the run folder: held by its one writer, whom `.holder.json` names
 

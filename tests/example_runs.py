@@ -22,7 +22,7 @@ from lshv2.benchmark.rows import Row, add_process, fit_rows
 from lshv2.runs import PHASES, Run, open_run, write_json
 
 TRAIN_KEYS = ("step", "loss_train", "learning_rate", "tokens_per_sec", "ponder_steps", "grad_norm", "tokens")
-SECONDS = dict(zip(PHASES, (4.2, 11.8, 171.0, 63.4, 5.1), strict=True))
+SECONDS = dict(zip(PHASES, (4.2, 11.8, 171.0, 63.4, 31.5, 5.1), strict=True))
 
 
 def done_run(path: Path, *, seed: int = 0, device: str = "cpu", steps: int = 250, gpu: str = "",

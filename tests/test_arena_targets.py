@@ -10,8 +10,8 @@ from example_arena import write_arena
 
 from lshv2.arena_results import read_arena
 from lshv2.arena_targets import arena_targets
+from lshv2.benchmark_results import Benchmark, Fit
 from lshv2.operator_results import Target, verdict
-from lshv2.readers import Benchmark, Fit
 
 LONG, H200 = 131_072, "cuda (NVIDIA H200)"
 NAMES = 17

@@ -43,7 +43,7 @@ def test_settings_in_the_docs_exist_with_these_defaults() -> None:
     names = "|".join(sections())
     for name in PAGES:
         for section, key in re.findall(rf"(?<![\w./])({names})\.([a-z]\w+)\b(?!\(|/|\.)", code_of(page(name))):
-            if key not in ("py", "json", "bin", "safetensors"):  # file names
+            if key not in ("py", "json", "jsonl", "png", "bin", "safetensors"):  # file names
                 assert key in sections()[section].model_fields, f"{name}: {section}.{key} is no setting"
         for target, given in re.findall(r'make ([\w-]+)[^`\n]* SET="([^"]+)"', page(name)):
             make_settings("full" if target == "full" else "quick", given.split())

@@ -149,4 +149,4 @@ def test_the_estimate_counts_what_the_documented_configuration_does() -> None:
 def test_commands_leave_out_what_their_names_say() -> None:
     assert COMMANDS["quick"] == COMMANDS["full"] == PHASES
     assert set(PHASES) - set(COMMANDS["no-training"]) == {"03_train"}
-    assert set(PHASES) - set(COMMANDS["no-benchmark"]) == {"04_benchmark"}
+    assert set(PHASES) - set(COMMANDS["no-benchmark"]) == {"04_benchmark", "04_arena"}

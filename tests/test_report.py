@@ -160,7 +160,7 @@ def test_the_manifest_is_what_the_contract_says(run: Run) -> None:
 def test_states_come_from_the_markers_or_from_the_runner(run: Run) -> None:
     run.marker("05_report").unlink()
     manifest = write_manifest(run)
-    assert manifest["state"] == "incomplete" and manifest["phases"][4]["state"] == "not run"
+    assert manifest["state"] == "incomplete" and manifest["phases"][-1]["state"] == "not run"
     assert "logs/05_report.log" not in {entry["path"] for entry in manifest["artifacts"]}  # still being written
     write_json(run.path / "04_benchmark.FAILED", {"phase": "04_benchmark", "error": "boom"})
     manifest = write_manifest(run)

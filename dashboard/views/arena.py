@@ -12,7 +12,7 @@ from ui.style import judged, plain, quantity, show, table
 from lshv2.arena_results import BITS, FILE, MODELS, NEEDLES, PICTURE, TASKS, Arena, Summary, find_arenas, read_arena
 from lshv2.arena_targets import arena_targets
 from lshv2.arena_views import Level, levels, lines, quality_lengths, shown_score, spread, trained_to
-from lshv2.readers import read_benchmark
+from lshv2.benchmark_results import read_benchmark
 from lshv2.run_state import Entry
 from lshv2.runs import runs_root
 

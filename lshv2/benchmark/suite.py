@@ -24,6 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lshv2.arena_results import FILE as ARENA
+from lshv2.arena_results import summarise
 from lshv2.benchmark import worker
 from lshv2.benchmark.process import run_limited
 from lshv2.benchmark.rows import Case, Row, add_process, describe, fit_rows, skipped
@@ -31,7 +33,7 @@ from lshv2.checkpoint import find_checkpoint
 from lshv2.config import BenchmarkConfig, ModelConfig
 from lshv2.machine import machine, source_hashes
 from lshv2.progress import Progress
-from lshv2.runs import SCHEMA, Run, read_json, sha256, write_json
+from lshv2.runs import SCHEMA, Run, read_json, read_jsonl, sha256, write_json
 
 SUMMARY = "benchmark_summary.json"
 # Named through the imported module, so that whoever asks which code is behind the benchmark finds the worker's too.
@@ -72,6 +74,8 @@ def run_benchmark(run: Run) -> dict[str, Any]:
     summary |= {"state": "done", **fit_rows(summary["rows"])}
     if summary["fixed_tokens"]:
         summary["fixed_tokens"] |= fit_rows(summary["fixed_tokens"]["rows"])
+    if arena := read_jsonl(run.file(ARENA))[0]:
+        summary["arena"] = summarise(arena)
     write_json(run.file(SUMMARY), summary)
     return summary
 

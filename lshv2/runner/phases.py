@@ -6,6 +6,7 @@ folder, where `*` stands for one or more files. An artifact is checked by readin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Artifact:
     needed: Callable[[Run], bool] = always
     hashed: bool = True  # False: written again after the phase, so its content proves nothing
     carries: bool = True  # False: holds clock times; what later phases read lies in the other artifacts
+    foreign: tuple[str, ...] = ()  # keys of a .json that another phase writes
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,19 @@ PHASE_TABLE = (
         "04_benchmark",
         ("model", "benchmark", "train.gradient_checkpoint", "train.precision", "seed"),
         ("02_data", "03_train"),
-        (Artifact("benchmark_summary.json"),),
+        (Artifact("benchmark_summary.json", foreign=("arena",)),),
+    ),
+    Phase(
+        "04_arena",
+        ("arena", "seed"),
+        (),
+        (Artifact("arena.jsonl"), Artifact("arena.png")),
+        resumable=("arena", "arena.jsonl"),
     ),
     Phase(
         "05_report",
-        ("model", "data", "train", "recall", "benchmark", "seed", "preset"),
-        ("01_model", "02_data", "03_train", "04_benchmark"),
+        ("model", "data", "train", "recall", "benchmark", "arena", "seed", "preset"),
+        ("01_model", "02_data", "03_train", "04_benchmark", "04_arena"),
         (
             Artifact("pipeline_results.json", hashed=False),
             Artifact("training_metrics.png", beside("training_metrics.json")),
@@ -120,8 +129,21 @@ def find_artifacts(phase: Phase, run: Run) -> tuple[list[Path], list[str]]:
 
 def hash_outputs(phase: Phase, run: Run) -> dict[str, str]:
     """Path below the run folder -> sha256, for every artifact whose content is the phase's own."""
-    own = replace(phase, artifacts=tuple(artifact for artifact in phase.artifacts if artifact.hashed))
-    return {str(path.relative_to(run.path)): sha256(path) for path in find_artifacts(own, run)[0]}
+    hashes: dict[str, str] = {}
+    for artifact in phase.artifacts:
+        if artifact.hashed:
+            for path in find_artifacts(replace(phase, artifacts=(artifact,)), run)[0]:
+                hashes[str(path.relative_to(run.path))] = _own_hash(path, artifact.foreign)
+    return hashes
+
+
+def _own_hash(path: Path, foreign: tuple[str, ...]) -> str:
+    """sha256 of a file, of a JSON object without what another phase writes there."""
+    content = read_json(path)[0] if foreign else None
+    if not isinstance(content, dict):
+        return sha256(path)
+    own = {name: value for name, value in content.items() if name not in foreign}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def check_artifact(path: Path) -> str | None:

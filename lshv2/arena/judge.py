@@ -1,0 +1,106 @@
+"""Judging a trained model at one length: the value of its metric, by group, against chance and shortcuts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lshv2.arena.learn import JUDGING, autocast, generator, to_device
+from lshv2.arena.task import ArenaTask, Examples
+from lshv2.benchmark.meter import Meter
+from lshv2.data.jsonl import IGNORED
+from lshv2.model import LSHModel
+
+TOKENS = 1 << 17  # a batch has at most this many, or is one sequence
+SHORTCUTS = 1000  # sequences that shortcuts are tried on, at most
+
+
+@torch.no_grad()
+def judge(
+    model: LSHModel, task: ArenaTask, length: int, sequences: int, device: torch.device, seed: int = 0
+) -> dict[str, Any]:
+    """`metric value chance shortcuts by scored sequences milliseconds peak_mb` of sequences that no training saw.
+
+    The sequences depend on (seed, length) alone, so that all models and seeds of a study are asked the same.
+    milliseconds: the median time of a batch's forward, divided by its sequences. peak_mb: the device's, model included.
+    """
+    model.eval()
+    meter = Meter(device)
+    meter.reset_peak()
+    outcomes, groups, seen, times = [], [], [], []
+    for examples in _batches(task, length, sequences, seed):
+        ids, labels = (to_device(x, device) for x in (examples.input_ids, examples.labels))
+        result: list[Tensor] = []
+        answer = partial(_answer, result, model, ids, labels, task, device)
+        times.append(meter.milliseconds(answer) / len(ids))
+        outcome, steps = (x.float().cpu().numpy().astype(np.float64).reshape(len(ids), -1) for x in result)
+        extra = {"ponder_step": steps.astype(np.int64)} if model.config.use_ponder else {}
+        outcomes.append(outcome)
+        groups.append({**examples.groups, **extra})
+        seen.append(examples)
+    values = np.concatenate(outcomes)
+    named = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+    per_sequence = values.all(1, keepdims=True).astype(float) if task.exact else values
+    return {
+        "metric": task.metric, "value": _mean(per_sequence, task), "chance": task.chance(length),
+        "shortcuts": task.shortcuts(_joined(seen)), "by": _by(named, values, per_sequence, task),
+        "scored": int(values.size), "sequences": len(values), "milliseconds": round(float(np.median(times)), 4),
+        "peak_mb": round(meter.peak_mb(), 1),
+        **({"by_token": float(values.mean())} if task.exact else {}),
+    }
+
+
+def _batches(task: ArenaTask, length: int, sequences: int, seed: int) -> Iterator[Examples]:
+    """`sequences` of them, some at a time; depths and the like come in whole turns of ten where they fit."""
+    size = max(1, TOKENS // length)
+    size = size // 10 * 10 or size
+    everything = task.draw(generator(seed, JUDGING, length), sequences, length)
+    for at in range(0, sequences, size):
+        part = slice(at, at + size)
+        yield Examples(everything.input_ids[part], everything.labels[part],
+                       {name: group[part] for name, group in everything.groups.items()})
+
+
+def _answer(
+    result: list[Tensor], model: LSHModel, ids: Tensor, labels: Tensor, task: ArenaTask, device: torch.device
+) -> None:
+    """To result, for each answer in order: whether it is the most likely token (or its nats), and its ponder steps."""
+    asked = labels[:, 1:] != IGNORED
+    with autocast(device):
+        out = model(ids, labels=labels)
+        assert out.cross_entropy is not None
+        steps = out.ponder_steps[:, :-1][asked]
+        if task.metric == "bits_per_byte":
+            result += [out.cross_entropy[:, 1:][asked], steps]
+            return
+        states = out.hidden[:, :-1][asked]
+        likely = torch.cat([(h @ out.head.to(h.dtype).T).argmax(-1) for h in states.split(4096)])
+    result += [likely == labels[:, 1:][asked], steps]
+
+
+def _mean(values: np.ndarray, task: ArenaTask) -> float:
+    return float(values.mean()) / (math.log(2) if task.metric == "bits_per_byte" else 1.0)
+
+
+def _by(
+    groups: dict[str, np.ndarray], values: np.ndarray, per_sequence: np.ndarray, task: ArenaTask
+) -> dict[str, dict[str, float]]:
+    """Group -> label -> mean. A group [n] is of sequences, [n, answers] of answers."""
+    result: dict[str, dict[str, float]] = {}
+    for name, labels in groups.items():
+        whole = labels.ndim == 1 and task.exact
+        of = per_sequence if whole else values
+        wide = np.broadcast_to(labels.reshape(len(labels), -1), of.shape)
+        result[name] = {str(label): _mean(of[wide == label], task) for label in np.unique(wide)}
+    return result
+
+
+def _joined(seen: list[Examples]) -> Examples:
+    ids, labels = (np.concatenate([getattr(e, name) for e in seen])[:SHORTCUTS] for name in ("input_ids", "labels"))
+    return Examples(ids, labels)

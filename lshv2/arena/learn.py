@@ -1,0 +1,162 @@
+"""Training one of the arena's models: AdamW, warm-up, cosine, clipping; sequences drawn while the device computes.
+
+Step i's sequences follow from (seed, i) alone. What is drawn for one step is never drawn for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from lshv2.arena.recipes import Recipe
+from lshv2.arena.task import ArenaTask
+from lshv2.config import TrainingConfig
+from lshv2.evaluation import Batch
+from lshv2.model import LSHModel
+from lshv2.optimizer import make_optimizer, scheduled
+
+Drawn = tuple[np.ndarray, np.ndarray]
+AHEAD = 12  # steps drawn ahead
+CHECK_EVERY = 100  # steps between looks at the loss, for which the device is waited for
+WARM = 3  # eager steps of a shape before it is captured
+TRAINING, JUDGING = 0, 1  # streams of random numbers
+
+
+def generator(seed: int, stream: int, *which: int) -> np.random.Generator:
+    """The random stream of one step, or of one length: no two share one."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(7, stream, *which)))
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 on a GPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """int64, without waiting for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _Steps:
+    """Optimizer steps. On a GPU each shape is captured as a CUDA graph after WARM eager steps: a small model's kernels
+    take less time than their launches."""
+
+    def __init__(self, model: LSHModel, recipe: Recipe, device: torch.device) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        self.settings = TrainingConfig(learning_rate=recipe.learning_rate)
+        self.optimizer = make_optimizer(model, self.settings, recipe.learning_rate)
+        self.rate = torch.tensor(recipe.learning_rate, device=device)
+        if device.type == "cuda":
+            for group in self.optimizer.param_groups:
+                group["capturable"], group["lr"] = True, self.rate
+        self.seen: dict[torch.Size, int] = {}
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, step: int, ids: Tensor, labels: Tensor) -> Tensor:
+        """Step number `step`, from 0; its loss, on the device."""
+        rate = scheduled(step, self.recipe.steps, self.recipe.learning_rate, self.settings)
+        if self.device.type != "cuda":
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            return self._eager(ids, labels)
+        self.rate.fill_(rate)
+        if ids.shape not in self.graphs:
+            seen = self.seen[ids.shape] = self.seen.get(ids.shape, 0) + 1
+            if seen <= WARM:
+                return self._aside(ids, labels)
+            self._capture(ids, labels)
+        graph, static_ids, static_labels, loss = self.graphs[ids.shape]
+        static_ids.copy_(ids)
+        static_labels.copy_(labels)
+        graph.replay()
+        return loss.clone()
+
+    def _eager(self, ids: Tensor, labels: Tensor) -> Tensor:
+        with autocast(self.device):
+            loss = self.model(ids, labels=labels).loss
+        assert loss is not None
+        loss.backward()
+        clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_hash()
+        return loss.detach()
+
+    def _aside(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """An eager step on a stream of its own, as capturing wants what comes before it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = self._eager(ids, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        return loss
+
+    def _capture(self, ids: Tensor, labels: Tensor) -> None:
+        static_ids, static_labels = ids.clone(), labels.clone()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            loss = self._eager(static_ids, static_labels)
+        self.graphs[ids.shape] = graph, static_ids, static_labels, loss
+
+
+def train(
+    model: LSHModel, task: ArenaTask, recipe: Recipe, seed: int, device: torch.device,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, Any]:
+    """Train in place: `steps train_seconds loss_train` (means over twenty parts). on_step: every CHECK_EVERY steps.
+
+    Raises FloatingPointError when the loss is not finite.
+    """
+    one = _Steps(model, recipe, device)
+    losses: list[Tensor] = []
+    model.train()
+    began = time.perf_counter()
+    for step, (ids, labels) in enumerate(_drawn(task, recipe, seed, device), 1):
+        losses.append(one(step - 1, ids, labels))
+        if step % CHECK_EVERY == 0 or step == recipe.steps:
+            newest = torch.stack(losses[-CHECK_EVERY:]).mean().item()
+            if not np.isfinite(newest):
+                raise FloatingPointError(f"{task.name}: the loss is {newest} at step {step}")
+            on_step(step, newest)
+    curve = [part.mean().item() for part in torch.stack(losses).tensor_split(min(20, len(losses)))]
+    return {"steps": recipe.steps, "train_seconds": round(time.perf_counter() - began, 2), "loss_train": curve}
+
+
+def _drawn(task: ArenaTask, recipe: Recipe, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of all steps, drawn some steps ahead by others."""
+    workers = min(8, os.cpu_count() or 1)
+    if task.in_processes:
+        pool: Executor = ProcessPoolExecutor(min(4, workers), multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(workers)
+    with pool:
+        coming: deque[Future[Drawn]] = deque()
+        try:
+            for step in range(recipe.steps):
+                while len(coming) < AHEAD and step + len(coming) < recipe.steps:
+                    coming.append(pool.submit(_draw, task, recipe, seed, step + len(coming)))
+                ids, labels = coming.popleft().result()
+                yield to_device(ids, device), to_device(labels, device)
+        finally:
+            for future in coming:
+                future.cancel()
+
+
+def _draw(task: ArenaTask, recipe: Recipe, seed: int, step: int) -> Drawn:
+    stream = generator(seed, TRAINING, step)
+    length = recipe.lengths[stream.integers(len(recipe.lengths))]
+    examples = task.draw(stream, max(1, recipe.tokens // length), length)
+    return examples.input_ids, examples.labels

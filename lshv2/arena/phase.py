@@ -1,0 +1,73 @@
+"""Phase 04_arena: the study that a run's settings ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lshv2.arena.pool import run_pool, visible_gpus
+from lshv2.arena.registry import load_plugins, task_names
+from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena_plots import write_pictures
+from lshv2.arena_results import summarise
+from lshv2.config import Settings
+from lshv2.errors import UserError
+from lshv2.progress import Progress
+from lshv2.runs import Run, read_json, write_json
+
+SUMMARY = "benchmark_summary.json"
+
+
+def jobs_of(settings: Settings) -> list[Job]:
+    """The study's jobs; raises UserError for an unknown task, before anything is trained."""
+    arena = settings.arena
+    load_plugins(arena.plugins)
+    changes = {name: value for name in ("sequences", "steps") if (value := getattr(arena, name)) is not None}
+    seeds = range(settings.seed, settings.seed + arena.seeds)
+    tasks = arena.tasks or task_names()
+    return plan(tasks, arena.attentions, seeds, arena.lengths, arena.small, arena.plugins, changes)
+
+
+def run_arena(run: Run) -> list[dict[str, Any]]:
+    """Train and judge what is missing; returns the rows, averaged over seeds (`lshv2.arena_results.summarise`).
+
+    On GPUs jobs run side by side in processes of their own, else one after the other. Raises UserError when one failed.
+    """
+    jobs = jobs_of(run.settings)
+    there = rows_of(run.path)
+    todo = [job for job in jobs if missing(job, there)]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} models are trained and judged already")
+    with Progress(run, "04_arena", "arena", sum(job.recipe.steps for job in todo), unit="step") as bar:
+        if gpus := visible_gpus():
+            run_pool(todo, run.path, gpus * run.settings.arena.jobs_a_gpu, command="make arena",
+                     on_done=lambda job: bar.update(job.recipe.steps))
+        else:
+            for job in todo:
+                _alone(run, job, bar)
+    left = [job for job in jobs if missing(job, rows_of(run.path))]
+    publish(run)
+    if left:
+        raise UserError(f"{len(left)} of {len(jobs)} models of the arena failed, see above: run the same command again")
+    return summarise(list(rows_of(run.path).values()))
+
+
+def _alone(run: Run, job: Job, bar: Progress) -> None:
+    done = 0
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal done
+        bar.update(step - done, model=f"{job.task} {job.model}", loss=round(loss, 4))
+        done = step
+
+    run_job(job, run.path, command="make arena", on_step=on_step)
+    bar.update(job.recipe.steps - done)
+
+
+def publish(run: Run) -> None:
+    """Draw `arena.png`, and put the averages into the benchmark's summary where there is one."""
+    if not run.file(ARENA).exists():
+        return
+    write_pictures(run.path)
+    summary = read_json(run.file(SUMMARY))[0]
+    if isinstance(summary, dict):
+        write_json(run.file(SUMMARY), {**summary, "arena": summarise(list(rows_of(run.path).values()))})

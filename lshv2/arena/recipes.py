@@ -1,0 +1,74 @@
+"""What each task's models are and how they learn: one table, from which twins differ by their attention alone.
+
+Trained lengths are drawn step by step, each step having about `tokens` tokens. The index has cells for 131,072 tokens
+from the start: a cell holds what it holds at every length, so it must be fine enough for the longest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lshv2.config import ModelConfig
+
+LONGEST = 131_072
+LENGTHS = tuple(1 << e for e in range(10, 18))  # what is judged
+Attention = Literal["lsh", "dense", "window"]
+ATTENTIONS: tuple[Attention, ...] = ("lsh", "dense", "window")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """lengths: trained ones; steps, tokens a step; settings: what the model has of its own; judged: lengths to judge
+    (None: LENGTHS); sequences: how many at each."""
+
+    lengths: tuple[int, ...]
+    steps: int = 2000
+    tokens: int = 16_384
+    learning_rate: float = 3e-3
+    settings: dict[str, Any] = field(default_factory=dict)
+    judged: tuple[int, ...] | None = None
+    sequences: int = 100
+
+    def model(self, vocab_size: int, attention: Attention, longest: int) -> ModelConfig:
+        """A model's shape; longest: the longest sequence it will see."""
+        shape = {
+            "d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "d_ff": 256, "window": 64, "bucket_size": 64,
+            "n_rounds": 4, "n_buckets": 1024, "use_ponder": False, "weight_tied_layers": None,
+            **self.settings,
+        }
+        shape["weight_tied_layers"] = shape["weight_tied_layers"] or shape["n_layers"]
+        return ModelConfig(vocab_size=vocab_size, attention=attention, max_seq_len=longest, **shape)
+
+
+SHORT = (32, 64, 128, 256, 512, 1024, 2048)  # in the shortest the window alone shows what is asked: where it begins
+TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512}
+RECIPES: dict[str, Recipe] = {
+    "mqar": Recipe(SHORT, 3000),
+    "mqar_dense_pairs": Recipe(SHORT, 3000),
+    "duplication": Recipe((32, 64, 128, 256, 512, 1024), 4000, settings={"n_layers": 3}, judged=(1024,)),
+    "induction": Recipe((64, 128, 256), 2000),
+    "selective_copying": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3}),
+    "selective_copying_dense": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3}),
+    "passkey": Recipe((16, *SHORT), 4000, settings={"n_layers": 3}),
+    "kv_needle": Recipe((12, 24, *SHORT), 6000, settings={"n_layers": 3}),
+    "uuid_needle": Recipe((160, 256, 512, 1024, 2048), 6000, settings={"n_layers": 3}),
+    "variable_tracking": Recipe((192, 256, 512, 1024, 2048), 6000, settings={"n_layers": 8, "weight_tied_layers": 2}),
+    "listops": Recipe((*SHORT[:-1], 2001), 6000, 32_768, 2e-3, TREES, (2001,), 1000),
+    "listops_long": Recipe((*SHORT, 4096), 6000, 32_768, 2e-3, TREES, (4096, 8192, 16_384)),
+    "bytes": Recipe(
+        (16_384,), 1500, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256}, sequences=8
+    ),
+}
+DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
+
+# Laptop sizes: what `make quick` and the tests have time for.
+SMALL: dict[str, Any] = {"d_model": 64, "n_buckets": 64, "window": 16, "bucket_size": 16, "n_layers": 2, "d_ff": 128}
+
+
+def recipe(task: str, small: bool = False) -> Recipe:
+    """A task's recipe; small: for a laptop's CPU."""
+    full = RECIPES.get(task, DEFAULT)
+    if not small:
+        return full
+    return replace(full, lengths=(128,), steps=250, tokens=4096, learning_rate=6e-3, settings=SMALL, sequences=32)

@@ -1,0 +1,199 @@
+"""The study: which models are trained and judged, and what is there already.
+
+    run_study(folder, plan(tasks, attentions, seeds), workers=[None])
+
+A job trains one model and judges it at each length; each length is a line of `arena.jsonl`, written when it is there.
+The weights lie in `arena/` beside it, with what they were trained with, so that a killed study trains nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lshv2.arena.recipes import ATTENTIONS, LENGTHS, Attention, Recipe, recipe
+from lshv2.arena.registry import get_task, load_plugins
+from lshv2.arena.task import ArenaTask
+from lshv2.config import ModelConfig
+from lshv2.errors import UserError
+from lshv2.machine import git_state, torch_version
+from lshv2.runs import append_jsonl, atomic_path, read_jsonl
+
+ARENA = "arena.jsonl"
+SCHEMA = 1
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model: its task, attention and seed, the recipe, and how it is judged.
+
+    settings: name -> model settings that only the judging changes ("" for none: {}).
+    """
+
+    task: str
+    model: Attention
+    seed: int
+    recipe: Recipe
+    lengths: tuple[int, ...]
+    settings: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (("", ()),)
+    plugins: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        longest = max(*self.lengths, *self.recipe.lengths)
+        return self.recipe.model(get_task(self.task).vocab_size, self.model, longest)
+
+    @property
+    def trained_as(self) -> str:
+        """What decides the weights; a changed recipe trains anew."""
+        config = self.config.model_dump(exclude={"max_seq_len"})
+        of = {name: value for name, value in asdict(self.recipe).items() if name not in ("judged", "sequences")}
+        return hashlib.sha256(json.dumps([self.task, self.seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan(
+    tasks: Sequence[str], attentions: Sequence[Attention] = ATTENTIONS, seeds: Sequence[int] = (0,),
+    lengths: Sequence[int] | None = None, small: bool = False, plugins: Sequence[str] = (),
+    changes: dict[str, Any] | None = None,
+) -> list[Job]:
+    """Jobs, all models of a task's first seed before the next seed. Raises UserError for an unknown task.
+
+    lengths: None takes the recipe's; those too short for a task are left out. changes: of every recipe, fields by name.
+    """
+    load_plugins(plugins)
+    jobs = []
+    for name in tasks:
+        task = get_task(name)
+        how = replace(recipe(name, small), **(changes or {}))
+        judged = tuple(n for n in lengths or how.judged or LENGTHS if n >= task.min_length)
+        if not judged:
+            raise UserError(f"arena: no length is long enough for {name}, which takes {task.min_length} tokens or more")
+        trained = tuple(n for n in how.lengths if n >= task.min_length) or (task.min_length,)
+        how = replace(how, lengths=trained)
+        for seed in seeds:
+            for attention in attentions:
+                jobs.append(Job(name, attention, seed, how, judged, _settings(name, attention), tuple(plugins)))
+    return jobs
+
+
+def _settings(task: str, attention: str) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """Duplication is asked with other numbers of probes than it was trained with (Kitaev et al. 2020, table 2)."""
+    if task != "duplication" or attention != "lsh":
+        return (("", ()),)
+    return (("", ()), *((f"rounds={r}", (("n_rounds", r),)) for r in (1, 2, 8)))
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """Rows of one key are one measurement: the later counts."""
+    return tuple(row.get(name) for name in ("task", "model", "seed", "setting", "seq_len", "trained_as"))
+
+
+def rows_of(folder: Path) -> dict[tuple[Any, ...], Row]:
+    """The rows there are, by `key`."""
+    rows, _ = read_jsonl(folder / ARENA)
+    return {key(row): row for row in rows}
+
+
+def missing(job: Job, rows: dict[tuple[Any, ...], Row]) -> list[tuple[str, int]]:
+    """(setting, length) that are still to be judged."""
+    wanted = [(name, n) for name, _ in job.settings for n in job.lengths]
+    there = {(row["setting"], row["seq_len"]) for row in rows.values()
+             if row.get("trained_as") == job.trained_as and row["sequences"] == job.recipe.sequences}
+    return [each for each in wanted if each not in there]
+
+
+def run_job(
+    job: Job, folder: Path, report: Callable[[str], None] = print, command: str = "",
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> int:
+    """Train the model, unless its weights are there, and judge what is missing; returns the number of new rows.
+
+    report: a line for each measurement. on_step: see `learn.train`.
+    """
+    load_plugins(job.plugins)
+    todo = missing(job, rows_of(folder))
+    if not todo:
+        return 0
+    task = get_task(job.task)
+    task.prepare(folder / "arena")
+    model, fixed = _trained(job, task, folder / "arena", on_step)
+    for setting, length in todo:
+        _configure(model, job.config.model_copy(update=dict(dict(job.settings)[setting])))
+        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length), "command": command}
+        append_jsonl(folder / ARENA, row)
+        shown = "-" if row["value"] is None else f"{row['value']:.4f}"
+        report(f"{job.task} {job.model} seed {job.seed} {setting} {length}: {task.metric} {shown}")
+    return len(todo)
+
+
+def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, float], None]) -> tuple[Any, Row]:
+    """The model, from `folder` if it lies there, and what all its rows say."""
+    import torch
+
+    from lshv2.arena.learn import train
+    from lshv2.benchmark.worker import device_name
+    from lshv2.model import LSHModel
+    from lshv2.trainer import pick_device
+
+    device = pick_device()
+    model = LSHModel(job.config, job.seed).to(device)
+    weights = folder / f"{job.task}-{job.model}-{job.seed}.pt"
+    state = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
+    if state.get("trained_as") == job.trained_as:
+        model.load_state_dict(state["model"])
+    else:
+        task.split = "train"
+        figures = train(model, task, job.recipe, job.seed, device, on_step)
+        state = {"trained_as": job.trained_as, "figures": figures, "model": model.state_dict()}
+        with atomic_path(weights) as temporary:
+            torch.save(state, temporary)
+    return model, {
+        "schema": SCHEMA, "task": job.task, "model": job.model, "seed": job.seed, "trained_as": job.trained_as,
+        "trained_len": max(job.recipe.lengths), "steps": state["figures"]["steps"],
+        "train_seconds": state["figures"]["train_seconds"], "parameters": model.count_parameters(),
+        "device": device_name(device), "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "torch": torch_version(), **git_state(),
+    }
+
+
+def _judged(job: Job, task: ArenaTask, model: Any, length: int) -> Row:
+    """What was found at one length; a null value where it does not fit into memory."""
+    import torch
+
+    from lshv2.arena.judge import judge
+
+    config: ModelConfig = model.config
+    device = next(model.parameters()).device
+    task.split = "eval"
+    try:
+        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device)}
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        result = {"metric": task.metric, "value": None, "status": "out of memory", "reason": str(error)[:200],
+                  "sequences": job.recipe.sequences}
+    return {
+        **result, "rounds": config.n_rounds, "bucket_size": config.bucket_size,
+        "n_buckets": config.resolved_n_buckets, "window": config.window, "keys_a_query": _keys(config),
+        "time": time.time(),
+    }
+
+
+def _keys(config: ModelConfig) -> int | None:
+    """Keys that a query sees at most; None: all."""
+    if config.attention == "dense":
+        return None
+    found = config.n_rounds * config.bucket_size if config.attention == "lsh" else 0
+    return config.window + config.n_global + found
+
+
+def _configure(model: Any, config: ModelConfig) -> None:
+    """Another number of probes, or bucket size, of a trained model."""
+    model.config = config
+    for block in model.blocks:
+        block.attention.config = config

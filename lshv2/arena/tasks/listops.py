@@ -1,0 +1,192 @@
+"""ListOps (Nangia & Bowman 2018) to the Long Range Arena's definition (Tay et al. 2021): nested operations on digits.
+
+    [MAX 4 3 [MIN 2 3 ] 1 0 ] = 4        scored: the last token, one of ten classes
+
+A tree is a digit with probability .75, else an operation on 2 to 10 trees, down to depth 10; operations are MIN, MAX,
+MED (the median, rounded down) and SM (the sum modulo 10). Kept are trees of more than 500 and fewer than 2,000 tokens,
+where a digit, an operation and a closing bracket count one each; the closing brackets stand in the sequence.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lshv2.arena.task import ArenaTask, Examples, fits, register
+from lshv2.data.jsonl import IGNORED
+from lshv2.errors import UserError
+
+OPERATIONS = ("[MIN", "[MAX", "[MED", "[SM")
+CLOSE, EQUALS, PAD = 14, 15, 16
+WORDS = {**{str(d): d for d in range(10)}, **{name: 10 + i for i, name in enumerate(OPERATIONS)}, "]": CLOSE}
+DIGIT, MOST_ARGUMENTS = 0.75, 10
+
+
+def apply(operation: int, arguments: list[int]) -> int:
+    """The value of an operation, 0 for MIN … 3 for SM, on digits."""
+    if operation == 0:
+        return min(arguments)
+    if operation == 1:
+        return max(arguments)
+    if operation == 2:
+        return int(np.median(arguments))
+    return sum(arguments) % 10
+
+
+class _TooLong(Exception):
+    pass
+
+
+class _Grower:
+    """Grows trees as tokens; uniform numbers come in bulk, for they are most of the time."""
+
+    def __init__(self, generator: np.random.Generator, max_depth: int, most: int) -> None:
+        self.generator, self.max_depth, self.most = generator, max_depth, most
+        self.stock: Iterator[float] = iter(())
+        self.tokens: list[int] = []
+
+    def uniform(self) -> float:
+        for value in self.stock:
+            return value
+        self.stock = iter(self.generator.random(1 << 14).tolist())
+        return next(self.stock)
+
+    def grow(self, depth: int = 1) -> int:
+        """Append a tree's tokens and return its value; raises _TooLong."""
+        if depth >= self.max_depth or self.uniform() < DIGIT:
+            self.tokens.append(int(self.uniform() * 10))
+            return self.tokens[-1]
+        operation = int(self.uniform() * 4)
+        self.tokens.append(10 + operation)
+        values = []
+        for _ in range(2 + int(self.uniform() * (MOST_ARGUMENTS - 1))):
+            if len(self.tokens) >= self.most:
+                raise _TooLong
+            values.append(self.grow(depth + 1))
+        self.tokens.append(CLOSE)
+        return apply(operation, values)
+
+
+def tree(generator: np.random.Generator, least: int, most: int, max_depth: int) -> tuple[list[int], int]:
+    """Tokens of a tree with least < number < most of them, and its value."""
+    grower = _Grower(generator, max_depth, most)
+    while True:
+        grower.tokens = []
+        try:
+            value = grower.grow()
+        except _TooLong:
+            continue
+        if least < len(grower.tokens) < most:
+            return grower.tokens, value
+
+
+def value_of(tokens: list[int]) -> int:
+    """The value of a tree's tokens; raises ValueError where they are no tree."""
+    stack: list[list[int]] = [[]]
+    for token in tokens:
+        if token < 10:
+            stack[-1].append(token)
+        elif token < CLOSE:
+            stack.append([token])
+        elif token == CLOSE and len(stack) > 1 and len(stack[-1]) > 1:
+            operation, *arguments = stack.pop()
+            stack[-1].append(apply(operation - 10, arguments))
+        else:
+            raise ValueError(f"token {token} out of place")
+    if len(stack) != 1 or len(stack[0]) != 1:
+        raise ValueError("a bracket is not closed")
+    return stack[0][0]
+
+
+def laid_out(trees: list[tuple[list[int], int]], length: int) -> Examples:
+    """`tree = value`, padded at the end to `length` (a causal model does not see it)."""
+    ids = np.full((len(trees), length), PAD)
+    labels = np.full_like(ids, IGNORED)
+    for row, (tokens, value) in enumerate(trees):
+        ids[row, : len(tokens) + 2] = [*tokens, EQUALS, value]
+        labels[row, len(tokens) + 1] = value
+    return Examples(ids, labels)
+
+
+@register
+class ListOps(ArenaTask):
+    """At 2,001 tokens and more trees of 500 to 2,000, as the Long Range Arena has them. Chance 1/10.
+
+    Shorter sequences, for a model to begin with, hold trees of a quarter of their length to all of it.
+    """
+
+    name, vocab_size = "listops", 17
+    LEAST, MOST, MAX_DEPTH = 500, 2000, 10
+    min_length, in_processes = 16, True
+
+    def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
+        fits(self, length)
+        return laid_out([tree(generator, *self.bounds(length)) for _ in range(n)], length)
+
+    def bounds(self, length: int) -> tuple[int, int, int]:
+        """Fewest tokens, most tokens (both excluded), depth."""
+        if length <= self.MOST:
+            return length // 4, length - 1, self.MAX_DEPTH
+        return self.LEAST, self.MOST, self.MAX_DEPTH
+
+    def chance(self, length: int) -> float:
+        return 1 / 10
+
+    def shortcuts(self, examples: Examples) -> dict[str, float]:
+        """The most frequent class; that of each root operation; the root operation's value on the digits right below
+        it (without any, its most frequent class)."""
+        answers = examples.answers()[:, 0]
+        roots = examples.input_ids[:, 0]
+        usual = {root: int(np.bincount(answers[roots == root]).argmax()) for root in np.unique(roots)}
+        literal = [_literal(row, usual) for row in examples.input_ids]
+        return {
+            "the most frequent class": float(np.bincount(answers).max() / len(answers)),
+            "the root operation alone": float(np.mean([usual[r] == a for r, a in zip(roots, answers, strict=True)])),
+            "the root operation on its own digits": float(np.mean(literal == answers)),
+        }
+
+
+def _literal(row: np.ndarray, usual: dict[int, int]) -> int:
+    opens = (row >= 10) & (row < CLOSE)
+    depth = np.cumsum(opens.astype(int) - (row == CLOSE))
+    digits = row[(row < 10) & (depth == 1)].tolist()
+    return apply(int(row[0]) - 10, digits) if digits and row[0] >= 10 else usual[int(row[0])]
+
+
+@register
+class LongListOps(ListOps):
+    """The same beyond the Long Range Arena: trees of a quarter of the length to all of it, two levels deeper for each
+    factor of four over 2,000 tokens."""
+
+    name = "listops_long"
+
+    def bounds(self, length: int) -> tuple[int, int, int]:
+        return length // 4, length - 1, self.MAX_DEPTH + max(0, int(np.log2(length / 2000)))
+
+
+def read_tsv(path: Path) -> list[tuple[list[int], int]]:
+    """Trees and values of one of the Long Range Arena's own files, columns Source and Target.
+
+    Round brackets, which only show how the tree was parsed, are dropped. Raises UserError naming file and line.
+    """
+    trees = []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            if not {"Source", "Target"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{path}: line 1 has no columns Source and Target: give one of the LRA's .tsv files")
+            for number, record in enumerate(reader, 2):
+                try:
+                    tokens = [WORDS[word] for word in record["Source"].split() if word not in "()"]
+                    value = int(record["Target"])
+                    if value_of(tokens) != value:
+                        raise ValueError(f"Target is {value}, the tree's value {value_of(tokens)}")
+                except (KeyError, ValueError, AttributeError, TypeError) as error:
+                    raise UserError(f"{path}: line {number} is no ListOps tree: {error}") from None
+                trees.append((tokens, value))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return trees

@@ -1,0 +1,66 @@
+"""Variable tracking (after Hsieh et al. 2024, RULER): chains of assignments, whose end is asked for its value.
+
+    = x 7  ..  = y x  ..  = z y  ..  ? z 7        three assignments: z is two hops from a variable with a value
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lshv2.arena.task import ArenaTask, Examples, fits, register
+from lshv2.data.jsonl import IGNORED
+
+NOISE, SET, ASK = 0, 1, 2
+NAMES, VALUES = 512, 256
+FIRST_NAME, FIRST_VALUE, FIRST_NOISE = 3, 3 + NAMES, 3 + NAMES + VALUES
+NOISE_WORDS = 253
+HOPS = 8
+
+
+@register
+class VariableTracking(ArenaTask):
+    """Eight chains, of 1 to 8 hops, in one sequence; at the end each chain's last variable is asked, in any order.
+
+        length 21, chains of 1 and 2 hops      = x 7 . = u 9 . = y x = v u = w v .  ? w 9 ? y 7
+                                               . . . . . . . . . . . . . . . . . .  . . 9 . . 7
+
+    A hop is an assignment from another variable. No name, and no value, is used twice. Statements stand in order within
+    their chain, at free places anywhere before the questions; in between is noise of 253 words. hops: of each answer.
+    Chance 1/256.
+    """
+
+    name, vocab_size = "variable_tracking", FIRST_NOISE + NOISE_WORDS
+    STATEMENTS = sum(range(2, HOPS + 2))
+    min_length = 3 * (STATEMENTS + HOPS) + 8
+
+    def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
+        fits(self, length)
+        ids = generator.integers(FIRST_NOISE, self.vocab_size, size=(n, length))
+        slots = (length - 3 * HOPS) // 3
+        names = np.stack([generator.permutation(NAMES)[: self.STATEMENTS] for _ in range(n)]) + FIRST_NAME
+        values = np.stack([generator.permutation(VALUES)[:HOPS] for _ in range(n)]) + FIRST_VALUE
+        chain = np.repeat(np.arange(HOPS), np.arange(2, HOPS + 2))  # which chain each of the 44 statements is of
+        starts = np.concatenate([[True], chain[1:] != chain[:-1]])
+        # a chain's statements take its places in ascending order, the places of all chains being shuffled together
+        places = np.stack([generator.permutation(slots)[: self.STATEMENTS] for _ in range(n)])
+        order = np.lexsort((places, np.broadcast_to(chain, places.shape)), axis=1)
+        places = np.take_along_axis(places, order, 1)
+        source = np.roll(names, 1, axis=1)
+        source[:, starts] = values
+        statements = np.stack([np.full_like(names, SET), names, source], axis=-1)
+        rows = np.arange(n)[:, None, None]
+        ids[rows, 3 * places[:, :, None] + np.arange(3)] = statements
+        ends = np.flatnonzero(np.concatenate([starts[1:], [True]]))
+        asked = np.stack([generator.permutation(HOPS) for _ in range(n)])
+        row = np.arange(n)[:, None]
+        questions = np.stack([np.full_like(asked, ASK), names[row, ends[asked]], values[row, asked]], axis=-1)
+        ids[:, -3 * HOPS :] = questions.reshape(n, -1)
+        labels = np.full_like(ids, IGNORED)
+        labels[:, -3 * HOPS + 2 :: 3] = questions[:, :, 2]
+        return Examples(ids, labels, {"hops": asked + 1})
+
+    def chance(self, length: int) -> float:
+        return 1 / VALUES
+
+    def shortcuts(self, examples: Examples) -> dict[str, float]:
+        return {"one of the values shown": 1 / HOPS, "one that was not asked yet": float(np.mean(1 / np.arange(1, 9)))}

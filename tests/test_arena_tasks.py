@@ -1,0 +1,179 @@
+"""The arena's tasks against their definitions, read token by token: nothing here shares code with what draws them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lshv2.arena.registry import get_task, load_plugins, task_names
+from lshv2.arena.task import Examples, octave
+from lshv2.arena.tasks.listops import CLOSE, EQUALS, read_tsv, value_of
+from lshv2.data.jsonl import IGNORED
+from lshv2.errors import UserError
+
+GENERATED = [name for name in task_names() if name != "bytes"]
+LENGTHS = {"listops": (200, 2001), "listops_long": (2048, 4096)}
+
+
+def drawn(name: str, length: int, n: int = 20, seed: int = 0) -> Examples:
+    return get_task(name).draw(np.random.default_rng(seed), n, length)
+
+
+def scored(row: np.ndarray) -> list[int]:
+    return np.flatnonzero(row != IGNORED).tolist()
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_every_task_keeps_the_contract(name: str) -> None:
+    task = get_task(name)
+    for length in LENGTHS.get(name, (512, 1024)):
+        one, again, other = drawn(name, length), drawn(name, length), drawn(name, length, seed=1)
+        assert one.input_ids.shape == one.labels.shape == (20, length)
+        assert np.array_equal(one.input_ids, again.input_ids) and not np.array_equal(one.input_ids, other.input_ids)
+        assert one.input_ids.min() >= 0 and one.input_ids.max() < task.vocab_size
+        where = one.labels != IGNORED
+        assert where.any(1).all() and not where[:, 0].any(), "an answer at the start has no question"
+        assert np.array_equal(one.labels[where], one.input_ids[where]), "an answer stands in the sequence"
+        answers = one.answers()
+        for group, labels in one.groups.items():
+            assert labels.shape in ((20,), answers.shape), group
+        chance = task.chance(length)
+        assert chance is not None and 0 <= chance < 0.2
+        assert all(0 <= reached < 1 for reached in task.shortcuts(one).values())
+    with pytest.raises(UserError, match=f"{name}: {task.min_length - 1} tokens are too few"):
+        task.draw(np.random.default_rng(0), 1, task.min_length - 1)
+
+
+@pytest.mark.parametrize(("name", "length", "pairs"), [("mqar", 512, 64), ("mqar_dense_pairs", 2048, 32)])
+def test_recall_asks_every_pair_once(name: str, length: int, pairs: int) -> None:
+    examples = drawn(name, length)
+    for ids, labels, gaps in zip(examples.input_ids, examples.labels, examples.groups["gap"], strict=True):
+        table = dict(ids[: 2 * pairs].reshape(-1, 2).tolist())
+        assert len(table) == pairs and max(table) < 4096 <= min(table.values())
+        asked = scored(labels)
+        assert sorted(ids[t - 1] for t in asked) == sorted(table)
+        assert all(labels[t] == table[ids[t - 1]] and t % 2 == 1 for t in asked)
+        for t, gap in zip(asked, gaps, strict=True):
+            low, high = map(int, gap.split("-"))
+            assert low <= t - 1 - 2 * list(table).index(ids[t - 1]) <= high
+        rest = [x for t, x in enumerate(ids[2 * pairs :], 2 * pairs) if t + 1 not in asked and t not in asked]
+        assert not set(rest) & set(table), "filler asks or contradicts a pair"
+
+
+def test_induction_has_two_special_tokens() -> None:
+    for ids, labels in zip(*(getattr(drawn("induction", 100), x) for x in ("input_ids", "labels")), strict=True):
+        first, second = np.flatnonzero(ids == 15)
+        assert second == 98 and scored(labels) == [99] and ids[99] == ids[first + 1] != 15
+
+
+@pytest.mark.parametrize(("name", "length", "copies"), [("selective_copying", 300, 16),
+                                                        ("selective_copying_dense", 2048, 32)])
+def test_selective_copying_copies_what_is_not_blank(name: str, length: int, copies: int) -> None:
+    examples = drawn(name, length)
+    for ids, labels in zip(examples.input_ids, examples.labels, strict=True):
+        marker = length - copies - 1
+        assert ids[marker] == 1 and scored(labels) == list(range(marker + 1, length))
+        assert [x for x in ids[:marker] if x] == ids[marker + 1 :].tolist()
+    starts = [np.flatnonzero(ids)[0] for ids in examples.input_ids]
+    assert len(set(starts)) > 5, "places are not drawn"
+
+
+def test_needles_stand_at_their_depths() -> None:
+    examples = drawn("passkey", 600)
+    for ids, depth in zip(examples.input_ids, examples.groups["depth"], strict=True):
+        first, second = np.flatnonzero(ids == 0)
+        assert abs(first - float(depth) * 588) < 1 and second == 594
+        assert ids[first : first + 6].tolist() == ids[-6:].tolist() and set(ids[-5:]) <= set(range(1, 11))
+    examples = drawn("kv_needle", 600)
+    for ids, depth in zip(examples.input_ids, examples.groups["depth"], strict=True):
+        hay = ids[:-3].reshape(-1, 3)
+        keys = [tuple(key) for key in hay[:, :2].tolist()]
+        assert len(set(keys)) == len(keys), "a key has two values"
+        place = keys.index(tuple(ids[-3:-1].tolist()))
+        assert hay[place, 2] == ids[-1] and abs(place - float(depth) * 198) <= 0.6
+    examples = drawn("uuid_needle", 800)
+    for ids, labels, depth in zip(examples.input_ids, examples.labels, examples.groups["depth"], strict=True):
+        *places, last = np.flatnonzero(ids == 256).tolist()
+        assert len(places) == 4 and last == 781 and scored(labels) == list(range(784, 800))
+        keys = [tuple(ids[p + 1 : p + 3]) for p in places]
+        assert len(set(keys)) == 4
+        asked = places[keys.index(tuple(ids[782:784]))]
+        assert ids[asked : asked + 19].tolist() == ids[-19:].tolist()
+        assert abs(asked / (19 * 40) - float(depth)) < 0.03
+
+
+def test_variables_resolve_to_what_is_asked() -> None:
+    examples = drawn("variable_tracking", 700)
+    for ids, labels, hops in zip(examples.input_ids, examples.labels, examples.groups["hops"], strict=True):
+        values: dict[int, tuple[int, int]] = {}  # name -> value, hops
+        asked = []
+        for t in range(0, 699, 3):
+            kind, name, source = ids[t : t + 3].tolist()
+            if kind == 1:
+                value, far = (source, 0) if source >= 515 else values[source]
+                assert name not in values
+                values[name] = value, far + (source < 515)
+        for t in scored(labels):
+            value, far = values[ids[t - 1]]
+            assert ids[t - 2] == 2 and labels[t] == value
+            asked.append(far)
+        assert asked == hops.tolist() and sorted(asked) == list(range(1, 9))
+
+
+def test_listops_is_the_long_range_arenas() -> None:
+    examples = drawn("listops", 2001, n=400)
+    answers = examples.answers()[:, 0]
+    sizes = []
+    for ids, answer in zip(examples.input_ids, answers, strict=True):
+        end = ids.tolist().index(EQUALS)
+        sizes.append(end)
+        assert value_of(ids[:end].tolist()) == answer
+        assert (np.cumsum(np.isin(ids[:end], (10, 11, 12, 13))) - np.cumsum(ids[:end] == CLOSE)).max() < 10
+    assert min(sizes) > 500 and max(sizes) < 2000
+    # the shortcuts of the published data (17.5, 36.5 and 48.4 %), within what 400 trees can tell (two standard errors)
+    reached = list(get_task("listops").shortcuts(examples).values())
+    for found, published in zip(reached, (0.175, 0.365, 0.484), strict=True):
+        assert abs(found - published) < 2 * (published * (1 - published) / 400) ** 0.5 + 0.02
+
+
+def test_listops_reads_the_original_files(tmp_path: Path) -> None:
+    path = tmp_path / "basic_test.tsv"
+    tree = "( ( ( ( ( [MAX 4 ) ( ( ( [MIN 2 ) 7 ) ] ) ) 1 ) ] )"
+    path.write_text(f"Source\tTarget\n{tree}\t4\n( ( ( ( [SM 9 ) 8 ) 5 ) ] )\t2\n( ( ( [MED 2 ) 5 ) ] )\t3\n")
+    (first, value), *_ = read_tsv(path)
+    assert (first, value) == ([11, 4, 10, 2, 7, 14, 1, 14], 4)
+    path.write_text("Source\tTarget\n( ( ( [MAX 4 ) 5 ) ] )\t4\n")
+    with pytest.raises(UserError, match="line 2 .*Target is 4, the tree's value 5"):
+        read_tsv(path)
+    path.write_text("Source\tTarget\n[MAX 4 ten ]\t4\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_tsv(path)
+    path.write_text("a\tb\n")
+    with pytest.raises(UserError, match="no columns Source and Target"):
+        read_tsv(path)
+
+
+def test_octaves_are_named_by_their_ends() -> None:
+    assert octave(np.array([1, 2, 3, 4, 4095, 4096])).tolist() == ["1-1", "2-3", "2-3", "4-7", "2048-4095", "4096-8191"]
+
+
+def test_lengths_share_no_sequence_and_streams_no_numbers() -> None:
+    from lshv2.arena.learn import JUDGING, TRAINING, generator
+
+    which = [(0, TRAINING, 0), (0, TRAINING, 1), (0, JUDGING, 0), (1, TRAINING, 0)]
+    streams = [generator(*one) for one in which]
+    firsts = [stream.integers(2**60) for stream in streams]
+    assert all(a != b for a, b in pairwise(sorted(firsts)))
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="arena task 'nonsense' is unknown; there are: .*mqar"):
+        get_task("nonsense")
+    with pytest.raises(UserError, match="is not a Python file"):
+        load_plugins([str(tmp_path / "none.py")])
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(UserError, match="broken.py cannot be run: ZeroDivisionError"):
+        load_plugins([str(tmp_path / "broken.py")])
