@@ -36,7 +36,7 @@ find_python = for python in python3 python3.11 python3.12 python3.13 none; do \
 	done; \
 	py=$$($$python -m lshv2.environment $(1))
 
-.PHONY: help quick full test-only no-training no-benchmark arena package dashboard lab test lint clean-run lock
+.PHONY: help quick full test-only no-training no-benchmark arena sweep package dashboard lab test lint clean-run lock
 
 help: ## this text
 	@echo 'make TARGET [VARIABLE=value ...]'; echo; echo 'targets'
@@ -49,8 +49,9 @@ test-only: ## phases 01_model and 02_data
 no-training: ## all but 03_train: benchmark what is trained already
 no-benchmark: ## all but 04_benchmark and 04_arena
 arena: ## 04_arena alone: accuracy by length (PRESET=full for all tasks, models and lengths)
+sweep: ## the arena's quality curve: a notebook's parameters swept over rounds, bucket size and cells
 package: ## 05_report alone: manifest, pictures and the zip of a run
-quick full test-only no-training no-benchmark arena package:
+quick full test-only no-training no-benchmark arena sweep package:
 	@$(call find_python); exec "$$py" -m lshv2 $@ $(ARGUMENTS)
 
 dashboard: ## the runs in a browser, at http://127.0.0.1:8501

@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
         command, values = _parse(arguments)
         if command == "clean-run":
             return clean_run(values)
+        if command == "sweep":
+            return sweep(values)
         return run(command, values)
     except UserError as error:
         print(f"lshv2: {error}", file=sys.stderr)
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
     """`quick RUN=x` -> `("quick", {"RUN": "x"})`; an empty value is one that was not given."""
-    allowed = [*COMMANDS, "clean-run"]
+    allowed = [*COMMANDS, "sweep", "clean-run"]
     if not arguments or arguments[0] not in allowed:
         raise UserError(f"unknown command {' '.join(arguments[:1]) or '(none)'}; allowed: {', '.join(allowed)}")
     values = dict.fromkeys(VARIABLES, "")
@@ -73,6 +75,17 @@ def run(command: str, values: dict[str, str]) -> int:
         run_dir=run_dir, **settings, force=force, chosen=COMMANDS[command], resume=again, before_work=check
     )
     return pipeline.run()
+
+
+def sweep(values: dict[str, str]) -> int:
+    """The quality curve of `lshv2.arena.sweep`, in a run folder of its own."""
+    from lshv2.runner.sweep import run_sweep
+
+    preset = values["PRESET"] or "quick"
+    if values["FORCE"]:
+        raise UserError("a sweep computes what is missing; to begin anew: make clean-run RUN=name")
+    run_dir = runs_root() / check_run_name(values["RUN"] or f"sweep-{preset}")
+    return run_sweep(run_dir, _command_line("sweep", values), **_given_settings(run_dir, preset, values))
 
 
 def _given_settings(run_dir: Path, preset: str, values: dict[str, str]) -> dict[str, Any]:

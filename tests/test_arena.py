@@ -23,11 +23,13 @@ from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.recipes import ATTENTIONS, LONGEST, RECIPES, recipe
 from lshv2.arena.registry import get_task, task_names
 from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena.sweep import POINTS, Point, sweep_jobs
 from lshv2.arena.task import ArenaTask, Examples
 from lshv2.data.jsonl import IGNORED
 from lshv2.errors import UserError
 from lshv2.model import LSHModel
 from lshv2.runner.phases import PHASE_TABLE, hash_outputs
+from lshv2.runner.sweep import run_sweep
 from lshv2.runs import open_run, read_json, read_jsonl, write_json
 
 CPU = torch.device("cpu")
@@ -171,6 +173,33 @@ def test_duplication_is_asked_with_other_probes(tmp_path: Path) -> None:
     run_job(replace(lsh, lengths=(64,)), tmp_path)
     rounds = {row["setting"]: row["rounds"] for row in rows_of(tmp_path).values()}
     assert rounds == {"": 4, "rounds=1": 1, "rounds=2": 2, "rounds=8": 8}
+
+
+def test_the_sweep_changes_what_its_points_say(tmp_path: Path) -> None:
+    jobs = sweep_jobs(("duplication",), (0, 1), small=True, changes=TINY)
+    assert len(jobs) == 2 * len(POINTS) and len({job.trained_as for job in jobs}) == len(jobs)
+    config = {job.label: job.config for job in jobs[: len(POINTS)]}
+    assert config["R 8, W 8, cells x 1"].n_rounds == config["R 8, W 8, cells x 1"].bucket_size == 8
+    assert config["R 4, W 16, cells x 4"].n_buckets == 4 * config["R 4, W 16, cells x 1"].n_buckets
+    usual, = plan(["duplication"], ("dense",), small=True, changes=TINY)
+    assert config[""] == usual.config, "the dense twin is the arena's own"
+    seen = {config[f"R {r}, W {w}, cells x 1"].n_rounds * w for r, w in ((1, 16), (2, 16), (4, 16), (8, 16), (4, 8))}
+    twins = {c.window - 16 for c in config.values() if c.attention == "window"}
+    assert seen <= twins | {0}, "each number of found keys has a window that sees as many recent ones"
+
+
+def test_the_sweep_executes_a_notebook_a_point_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = {"preset": "test", "overrides": {"arena.lengths": [64], "arena.steps": 2}, "seed": 0, "data": None}
+    points = (Point("lsh", 2, 64), Point("window"))
+    assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
+    rows = rows_of(tmp_path / "sweep").values()
+    assert [(row["setting"], row["task"], row["rounds"]) for row in rows] == [
+        ("R 2, W 16, cells x 1", "duplication", 2), ("window 16", "duplication", 4)]
+    assert len(list((tmp_path / "sweep" / "notebooks" / "sweep").glob("*.ipynb"))) == 2
+    assert (tmp_path / "sweep" / "arena.png").exists()
+    assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
+    assert len(read_jsonl(tmp_path / "sweep" / ARENA)[0]) == 2, "nothing is computed twice"
+    assert capsys.readouterr().out.count(": there") == 2
 
 
 PLUGIN = """

@@ -87,13 +87,15 @@ def test_needles_stand_at_their_depths() -> None:
         first, second = np.flatnonzero(ids == 0)
         assert abs(first - float(depth) * 588) < 1 and second == 594
         assert ids[first : first + 6].tolist() == ids[-6:].tolist() and set(ids[-5:]) <= set(range(1, 11))
-    examples = drawn("kv_needle", 600)
-    for ids, depth in zip(examples.input_ids, examples.groups["depth"], strict=True):
-        hay = ids[:-3].reshape(-1, 3)
+    examples = drawn("kv_needle", 601)
+    for ids, labels, depths in zip(examples.input_ids, examples.labels, examples.groups["depth"], strict=True):
+        hay, asked = ids[1:-12].reshape(-1, 3), ids[-12:].reshape(-1, 3)
         keys = [tuple(key) for key in hay[:, :2].tolist()]
         assert len(set(keys)) == len(keys), "a key has two values"
-        place = keys.index(tuple(ids[-3:-1].tolist()))
-        assert hay[place, 2] == ids[-1] and abs(place - float(depth) * 198) <= 0.6
+        assert scored(labels) == [591, 594, 597, 600] and ids[0] == 0
+        for (first, second, value), depth in zip(asked.tolist(), depths, strict=True):
+            place = keys.index((first, second))
+            assert hay[place, 2] == value and abs(place - float(depth) * 195) <= 0.6
     examples = drawn("uuid_needle", 800)
     for ids, labels, depth in zip(examples.input_ids, examples.labels, examples.groups["depth"], strict=True):
         *places, last = np.flatnonzero(ids == 256).tolist()
@@ -121,6 +123,8 @@ def test_variables_resolve_to_what_is_asked() -> None:
             assert ids[t - 2] == 2 and labels[t] == value
             asked.append(far)
         assert asked == hops.tolist() and sorted(asked) == list(range(1, 9))
+    assert [get_task("variable_tracking").chains(n) for n in (17, 34, 163, 164, 2048)] == [1, 2, 7, 8, 8]
+    assert sorted(drawn("variable_tracking", 34).groups["hops"][0].tolist()) == [1, 2]
 
 
 def test_listops_is_the_long_range_arenas() -> None:

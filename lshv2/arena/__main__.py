@@ -13,6 +13,8 @@ from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.recipes import ATTENTIONS
 from lshv2.arena.registry import load_plugins, task_names
 from lshv2.arena.study import plan
+from lshv2.arena.sweep import TASKS as SWEPT
+from lshv2.arena.sweep import sweep_jobs
 from lshv2.errors import UserError
 
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, help="judged at each length")
     parser.add_argument("--steps", type=int, help="of training, instead of the recipes'")
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE.py", help="files with tasks of your own")
+    parser.add_argument("--sweep", action="store_true", help="the quality curve: rounds, bucket size and cells instead")
     parser.add_argument("--small", action="store_true", help="laptop sizes")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--jobs-a-gpu", type=int, choices=range(1, 9), default=1, metavar="N")
@@ -36,11 +39,13 @@ def main() -> None:
     try:
         load_plugins(arguments.plugins)
         changes = {name: getattr(arguments, name) for name in ("sequences", "steps") if getattr(arguments, name)}
-        jobs = plan(
-            arguments.tasks or task_names(), tuple(arguments.attentions), tuple(arguments.seeds),
-            tuple(arguments.lengths) if arguments.lengths else None, arguments.small,
-            tuple(str(Path(p).resolve()) for p in arguments.plugins), changes,
-        )
+        if arguments.sweep:
+            tasks = arguments.tasks or SWEPT
+            jobs = sweep_jobs(tasks, arguments.seeds, arguments.lengths, arguments.small, changes)
+        else:
+            plugins = [str(Path(path).resolve()) for path in arguments.plugins]
+            jobs = plan(arguments.tasks or task_names(), arguments.attentions, arguments.seeds, arguments.lengths,
+                        arguments.small, plugins, changes)
         arguments.out.mkdir(parents=True, exist_ok=True)
         gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
         command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])

@@ -7,6 +7,7 @@ from typing import Any
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.registry import load_plugins, task_names
 from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena.sweep import Point, job_of
 from lshv2.arena_plots import write_pictures
 from lshv2.arena_results import summarise
 from lshv2.config import Settings
@@ -21,10 +22,14 @@ def jobs_of(settings: Settings) -> list[Job]:
     """The study's jobs; raises UserError for an unknown task, before anything is trained."""
     arena = settings.arena
     load_plugins(arena.plugins)
-    changes = {name: value for name in ("sequences", "steps") if (value := getattr(arena, name)) is not None}
     seeds = range(settings.seed, settings.seed + arena.seeds)
-    tasks = arena.tasks or task_names()
+    tasks, changes = arena.tasks or task_names(), _changes(settings)
     return plan(tasks, arena.attentions, seeds, arena.lengths, arena.small, arena.plugins, changes)
+
+
+def _changes(settings: Settings) -> dict[str, Any]:
+    """What the settings change in every recipe."""
+    return {name: value for name in ("sequences", "steps") if (value := getattr(settings.arena, name)) is not None}
 
 
 def run_arena(run: Run) -> list[dict[str, Any]]:
@@ -61,6 +66,25 @@ def _alone(run: Run, job: Job, bar: Progress) -> None:
 
     run_job(job, run.path, command="make arena", on_step=on_step)
     bar.update(job.recipe.steps - done)
+
+
+def _job_of_point(run: Run, task: str, point: Point, seed: int) -> Job:
+    arena = run.settings.arena
+    return job_of(point, task, seed, arena.lengths, arena.small, _changes(run.settings))
+
+
+def is_there(run: Run, task: str, point: Point, seed: int) -> bool:
+    """Whether a point's rows are all there."""
+    return not missing(_job_of_point(run, task, point, seed), rows_of(run.path))
+
+
+def run_point(run: Run, task: str, point: Point, seed: int) -> list[dict[str, Any]]:
+    """One point of the quality curve, at the run's lengths and sizes: its rows. What is there is not computed again."""
+    job = _job_of_point(run, task, point, seed)
+    with Progress(run, "quality_point", point.label or point.attention, job.recipe.steps, unit="step") as bar:
+        _alone(run, job, bar)
+    publish(run)
+    return [row for row in rows_of(run.path).values() if row["trained_as"] == job.trained_as]
 
 
 def publish(run: Run) -> None:

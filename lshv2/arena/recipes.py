@@ -42,18 +42,22 @@ class Recipe:
 
 
 SHORT = (32, 64, 128, 256, 512, 1024, 2048)  # in the shortest the window alone shows what is asked: where it begins
+FINE = {"n_buckets": 4096}  # a cell then holds 32 keys of 131,072, and W = 64 are visible
+CONTENT = {**FINE, "rotary_heads": 0.0}  # positions beyond the trained lengths mean nothing
 TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512}
 RECIPES: dict[str, Recipe] = {
-    "mqar": Recipe(SHORT, 3000),
-    "mqar_dense_pairs": Recipe(SHORT, 3000),
-    "duplication": Recipe((32, 64, 128, 256, 512, 1024), 4000, settings={"n_layers": 3}, judged=(1024,)),
-    "induction": Recipe((64, 128, 256), 2000),
-    "selective_copying": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3}),
-    "selective_copying_dense": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3}),
-    "passkey": Recipe((16, *SHORT), 4000, settings={"n_layers": 3}),
-    "kv_needle": Recipe((12, 24, *SHORT), 6000, settings={"n_layers": 3}),
-    "uuid_needle": Recipe((160, 256, 512, 1024, 2048), 6000, settings={"n_layers": 3}),
-    "variable_tracking": Recipe((192, 256, 512, 1024, 2048), 6000, settings={"n_layers": 8, "weight_tied_layers": 2}),
+    "mqar": Recipe(SHORT, 4000, settings=CONTENT),
+    "mqar_dense_pairs": Recipe(SHORT, 4000, settings=CONTENT),
+    "duplication": Recipe(SHORT[:-1], 5000, settings={"n_layers": 3, "n_buckets": 32}, judged=(1024,)),
+    "induction": Recipe((64, 128, 256), 2000, settings={"rotary_heads": 0.0}),
+    # few cells: what is to be copied lies in few of them, and the blanks in others
+    "selective_copying": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3, "n_buckets": 64}),
+    "selective_copying_dense": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3, "n_buckets": 64}),
+    "passkey": Recipe((16, *SHORT), 5000, settings={"n_layers": 3, **FINE}),
+    "kv_needle": Recipe((24, *SHORT), 6000, settings={"n_layers": 3, **FINE}),
+    "uuid_needle": Recipe((48, 96, 192, 512, 1024, 2048), 6000, settings={"n_layers": 3, **FINE}),
+    "variable_tracking": Recipe((24, 48, 96, 192, 512, 1024, 2048), 6000,
+                                settings={"n_layers": 8, "weight_tied_layers": 2, **FINE}),
     "listops": Recipe((*SHORT[:-1], 2001), 6000, 32_768, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 32_768, 2e-3, TREES, (4096, 8192, 16_384)),
     "bytes": Recipe(

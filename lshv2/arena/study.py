@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,8 @@ Row = dict[str, Any]
 class Job:
     """One model: its task, attention and seed, the recipe, and how it is judged.
 
-    settings: name -> model settings that only the judging changes ("" for none: {}).
+    settings: name -> model settings that only the judging changes ("" for none: {}). label: of a model that is not its
+    task's usual one, in its rows' `setting`.
     """
 
     task: str
@@ -43,6 +45,7 @@ class Job:
     lengths: tuple[int, ...]
     settings: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (("", ()),)
     plugins: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def config(self) -> ModelConfig:
@@ -102,10 +105,15 @@ def rows_of(folder: Path) -> dict[tuple[Any, ...], Row]:
 
 def missing(job: Job, rows: dict[tuple[Any, ...], Row]) -> list[tuple[str, int]]:
     """(setting, length) that are still to be judged."""
-    wanted = [(name, n) for name, _ in job.settings for n in job.lengths]
+    wanted = [(_named(job, name), n) for name, _ in job.settings for n in job.lengths]
     there = {(row["setting"], row["seq_len"]) for row in rows.values()
              if row.get("trained_as") == job.trained_as and row["sequences"] == job.recipe.sequences}
     return [each for each in wanted if each not in there]
+
+
+def _named(job: Job, setting: str) -> str:
+    """What a row's `setting` says: how the model differs, and what the judging changed."""
+    return ", ".join(part for part in (job.label, setting) if part)
 
 
 def run_job(
@@ -124,7 +132,8 @@ def run_job(
     task.prepare(folder / "arena")
     model, fixed = _trained(job, task, folder / "arena", on_step)
     for setting, length in todo:
-        _configure(model, job.config.model_copy(update=dict(dict(job.settings)[setting])))
+        judged_with = {_named(job, name): dict(changed) for name, changed in job.settings}
+        _configure(model, job.config.model_copy(update=judged_with[setting]))
         row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length), "command": command}
         append_jsonl(folder / ARENA, row)
         shown = "-" if row["value"] is None else f"{row['value']:.4f}"
@@ -143,7 +152,8 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
 
     device = pick_device()
     model = LSHModel(job.config, job.seed).to(device)
-    weights = folder / f"{job.task}-{job.model}-{job.seed}.pt"
+    label = re.sub(r"\W+", "-", f"-{job.label}") if job.label else ""
+    weights = folder / f"{job.task}-{job.model}-{job.seed}{label}.pt"
     state = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
     if state.get("trained_as") == job.trained_as:
         model.load_state_dict(state["model"])

@@ -1,7 +1,7 @@
 """Needles: one thing to be found again, at ten depths of the haystack (depth 0 is the start, 1 right before the end).
 
     passkey   .. .. M 7 0 3 9 4 .. .. .. .. .. .. .. M 7 0 3 9 4        M: the marker; scored: the last five
-    kv        a b x  c d y  e f z  g h u  ..  e f z                     nothing but needles; scored: the last token
+    kv        a b x  c d y  e f z  g h u  ..  e f z  a b x  ..          nothing but needles; scored: values at the end
     uuid      .. M a b x1 … x16 .. .. M c d y1 … y16 .. M a b x1 … x16  four of them; scored: the last sixteen
 """
 
@@ -21,7 +21,7 @@ def depths(n: int) -> np.ndarray:
 
 
 def _labels(depth: np.ndarray) -> np.ndarray:
-    return np.array([f"{d:.3g}" for d in depth])
+    return np.array([f"{d:.3g}" for d in depth.ravel()]).reshape(depth.shape)
 
 
 def _ending(ids: np.ndarray, scored: int) -> np.ndarray:
@@ -60,38 +60,45 @@ class Passkey(ArenaTask):
 
 @register
 class KeyValueNeedle(ArenaTask):
-    """A haystack of needles: keys of two symbols out of 512 with a value of one, no key twice, one of them asked.
+    """A haystack of needles: keys of two symbols out of 255 with a value of one, no key twice; four of them are asked.
 
-        length 12      a b x  c d y  e f z  c d y
+        length 21, two asked      a b x  c d y  e f z  g h u  i j v  e f z  a b x
 
-    What does not fill a whole needle is symbol 0, at the start. Keys 1 … 511, values 512 … 1023, chance 1/512.
+    What does not fill a whole needle is symbol 0, at the start. Keys 1 … 255, values 256 … 511, chance 1/256. depth: of
+    each answer; the four are at depths a quarter of the scale apart.
     """
 
-    name, vocab_size = "kv_needle", 1024
-    HALF = 512
+    name, vocab_size = "kv_needle", 512
+    SYMBOLS, VALUES, ASKED = 255, 256, 4
+    min_length = 2 * 3 * ASKED
 
     def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
         fits(self, length)
-        needles, rest = divmod(length - 3, 3)
-        keys = np.stack([generator.choice((self.HALF - 1) ** 2, needles, replace=False) for _ in range(n)])
-        first, second = np.divmod(keys, self.HALF - 1)
-        values = generator.integers(self.HALF, self.vocab_size, size=(n, needles))
+        needles, rest = divmod(length - 3 * self.ASKED, 3)
+        keys = np.stack([generator.choice(self.SYMBOLS**2, needles, replace=False) for _ in range(n)])
+        first, second = np.divmod(keys, self.SYMBOLS)
+        values = generator.integers(self.VALUES, self.VALUES + 256, size=(n, needles))
         hay = np.stack([first + 1, second + 1, values], axis=-1)
-        depth = depths(n)
-        asked = hay[np.arange(n), np.rint(depth * (needles - 1)).astype(np.int64)]
+        # 3 of the 10 depths apart, and all four of them other needles
+        depth = (np.arange(n)[:, None] + 3 * np.arange(self.ASKED)) % DEPTHS / (DEPTHS - 1)
+        place = np.rint(depth * (needles - 1)).astype(np.int64)
+        asked = hay[np.arange(n)[:, None], place].reshape(n, -1)
         ids = np.concatenate([np.zeros((n, rest), np.int64), hay.reshape(n, -1), asked], axis=1)
-        return Examples(ids, _ending(ids, 1), {"depth": _labels(depth)})
+        labels = np.full_like(ids, IGNORED)
+        labels[:, -3 * self.ASKED + 2 :: 3] = asked[:, 2::3]
+        return Examples(ids, labels, {"depth": _labels(depth)})
 
     def chance(self, length: int) -> float:
-        return 1 / self.HALF
+        return 1 / 256
 
     def shortcuts(self, examples: Examples) -> dict[str, float]:
         """The first needle whose second key symbol is the asked one: blind to the first symbol."""
         hits = []
         for row in examples.input_ids[:64]:
-            body, end = row[:-3], len(row) - 3
+            end = len(row) - 3 * self.ASKED
             second = np.arange(end % 3 + 1, end, 3)
-            hits.append(body[second[body[second] == row[-2]][0] + 1] == row[-1])
+            for at in range(end, len(row), 3):
+                hits.append(row[second[row[second] == row[at + 1]][0] + 1] == row[at + 2])
         return {"half of the key": float(np.mean(hits))}
 
 
@@ -101,12 +108,12 @@ class UuidNeedle(ArenaTask):
 
         M a b x1 … x16        ids: 0 … 255 the bytes, 256 the marker
 
-    One is asked; the other three stand anywhere that is free. Chance 256^-16.
+    One is asked; the others stand anywhere that is free. Sequences below 95 tokens have fewer. Chance 256^-16.
     """
 
     name, vocab_size, exact = "uuid_needle", 257, True
     SIZE, VALUE, NEEDLES = 19, 16, 4
-    min_length = 8 * SIZE
+    min_length = 2 * SIZE
 
     def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
         fits(self, length)
@@ -114,14 +121,15 @@ class UuidNeedle(ArenaTask):
         ids = generator.integers(marker, size=(n, length))
         depth = depths(n)
         slots = (length - self.SIZE) // self.SIZE  # needles begin at multiples of their size, so that none overlap
+        count = min(self.NEEDLES, slots)
         asked = np.rint(depth * (slots - 1)).astype(np.int64)
-        others = np.stack([generator.permutation(slots - 1)[: self.NEEDLES - 1] for _ in range(n)])
+        others = np.stack([generator.permutation(slots - 1)[: count - 1] for _ in range(n)])
         others += others >= asked[:, None]  # any slot but the asked one's
         at = np.concatenate([asked[:, None], others], axis=1) * self.SIZE
-        needles = generator.integers(marker, size=(n, self.NEEDLES, self.SIZE))
+        needles = generator.integers(marker, size=(n, count, self.SIZE))
         needles[:, :, 0] = marker
         # keys differ: the second symbol of each is another one
-        needles[:, :, 2] = (needles[:, :1, 2] + np.arange(self.NEEDLES)) % marker
+        needles[:, :, 2] = (needles[:, :1, 2] + np.arange(count)) % marker
         ids[np.arange(n)[:, None, None], at[:, :, None] + np.arange(self.SIZE)] = needles
         ids[:, -self.SIZE :] = needles[:, 0]
         return Examples(ids, _ending(ids, self.VALUE), {"depth": _labels(depth)})

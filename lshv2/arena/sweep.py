@@ -1,0 +1,72 @@
+"""The quality curve: what is had for how many keys a query, over rounds x bucket size x cells.
+
+    jobs = [job_of(point, "mqar", seed=0) for point in POINTS]
+
+Every point trains models of its own; nothing else differs. Points of one line in the picture have the same rounds; the
+window twins see as many keys, all of them the most recent. `make sweep` runs them through the notebook
+`quality_point.ipynb`, one papermill execution each; `python -m lshv2.arena OUT --sweep` side by side on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lshv2.arena.recipes import Attention, recipe
+from lshv2.arena.registry import get_task
+from lshv2.arena.study import Job, plan
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape of attention. cells: in multiples of the task's own number. Dense attention has no shape."""
+
+    attention: Attention
+    rounds: int = 4
+    bucket_size: int = 64
+    cells: float = 1.0
+    window: int = 64
+
+    @property
+    def label(self) -> str:
+        """What its rows call it."""
+        if self.attention == "dense":
+            return ""
+        if self.attention == "window":
+            return f"window {self.window}"
+        return f"R {self.rounds}, W {self.bucket_size}, cells x {self.cells:g}"
+
+
+# 64, 128, 256 and 512 found keys beside a window of 64; the same numbers of keys, all recent; finer and coarser cells
+POINTS: tuple[Point, ...] = (
+    Point("dense"),
+    *(Point("lsh", rounds, 64) for rounds in (4, 1, 2, 8)),
+    *(Point("lsh", 4, size) for size in (16, 32, 128)), Point("lsh", 8, 32), Point("lsh", 1, 256),
+    *(Point("lsh", cells=cells) for cells in (0.25, 4.0)),
+    *(Point("window", window=64 + keys) for keys in (0, 64, 128, 256, 512)),
+)
+TASKS = ("mqar", "duplication")
+
+
+def job_of(
+    point: Point, task: str, seed: int, lengths: Sequence[int] | None = None, small: bool = False,
+    changes: dict[str, Any] | None = None,
+) -> Job:
+    """The point's model on a task; lengths: judged ones (None: the recipe's)."""
+    if small:  # windows and buckets of a quarter, as the small recipes have them
+        point = replace(point, bucket_size=point.bucket_size // 4, window=point.window // 4)
+    job, = plan([task], (point.attention,), (seed,), lengths, small, changes=changes)
+    own = recipe(task, small).model(get_task(task).vocab_size, "lsh", 1)
+    shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
+             "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}
+    how = replace(job.recipe, settings={**job.recipe.settings, **shape} if point.label else job.recipe.settings)
+    return replace(job, recipe=how, settings=(("", ()),), label=point.label)
+
+
+def sweep_jobs(
+    tasks: Sequence[str], seeds: Sequence[int], lengths: Sequence[int] | None = None, small: bool = False,
+    changes: dict[str, Any] | None = None,
+) -> list[Job]:
+    """All points of all tasks, seed by seed."""
+    return [job_of(point, task, seed, lengths, small, changes) for seed in seeds for task in tasks for point in POINTS]

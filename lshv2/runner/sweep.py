@@ -1,0 +1,51 @@
+"""`make sweep`: the quality curve, one papermill execution of `quality_point.ipynb` for each point.
+
+What is there already (`arena.jsonl`) is not computed again: a sweep that was killed goes on. The executed notebooks lie
+in `notebooks/sweep/` of the run folder, the curve in `arena.png`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lshv2.arena.phase import is_there
+from lshv2.arena.sweep import POINTS, TASKS, Point
+from lshv2.errors import UserError
+from lshv2.runner.execute import execute
+from lshv2.runs import hold, open_run, repo_root
+
+NOTEBOOK = "quality_point"
+
+
+def run_sweep(run_dir: Path, command: str, points: tuple[Point, ...] = POINTS, **settings: Any) -> int:
+    """Execute what is missing, point by point; exit code. settings: of `open_run`.
+
+    Laptop sizes have duplication alone, else all of `lshv2.arena.sweep.TASKS`. Raises UserError on bad settings.
+    """
+    run = open_run(run_dir, **settings)
+    arena = run.settings.arena
+    tasks = ("duplication",) if arena.small else TASKS
+    every = [(task, point, seed) for seed in range(run.settings.seed, run.settings.seed + arena.seeds)
+             for task in tasks for point in points]
+    with hold(run.path, command):
+        (run.path / "notebooks" / "sweep").mkdir(parents=True, exist_ok=True)
+        for number, (task, point, seed) in enumerate(every, 1):
+            head = f"{number} of {len(every)}: {task}, {point.label or point.attention}, seed {seed}"
+            if is_there(run, task, point, seed):
+                print(f"{head}: there", flush=True)
+                continue
+            parameters = {"run_dir": str(run.path), **settings, "seed": seed, "task": task, **asdict(point)}
+            output = run.path / "notebooks" / "sweep" / f"{number:03d}-{task}-{seed}.ipynb"
+            notebook = repo_root() / "notebooks" / f"{NOTEBOOK}.ipynb"
+            with open(run.log("sweep"), "a", encoding="utf-8") as log:
+                failure = execute(notebook, parameters, output, log, lambda: None)
+            if failure and failure.user_error:
+                raise UserError(failure.error)
+            if failure:
+                print(f"{head}: FAILED\n{failure.excerpt or failure.error}\n  to go on: {command}", flush=True)
+                return 1
+            print(f"{head}: ok", flush=True)
+    print(f"the curve: {run.path / 'arena.png'}; next: make dashboard")
+    return 0
