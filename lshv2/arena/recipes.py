@@ -75,4 +75,4 @@ def recipe(task: str, small: bool = False) -> Recipe:
     full = RECIPES.get(task, DEFAULT)
     if not small:
         return full
-    return replace(full, lengths=(128,), steps=250, tokens=4096, learning_rate=6e-3, settings=SMALL, sequences=32)
+    return replace(full, lengths=(64,), steps=250, tokens=2048, learning_rate=6e-3, settings=SMALL, sequences=32)
