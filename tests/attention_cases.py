@@ -8,6 +8,7 @@ C buckets, W bucket size.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +212,25 @@ class Largest(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return out
+
+
+class Storages(TorchDispatchMode):
+    """The memory that operations make, and what of it is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.seen.append(weakref.ref(x.untyped_storage()))
+        return out
+
+    def alive(self) -> list[torch.UntypedStorage]:
+        """Each once."""
+        return list({storage.data_ptr(): storage for ref in self.seen if (storage := ref()) is not None}.values())
 
 
 class NoHostRead(TorchDispatchMode):

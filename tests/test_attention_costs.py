@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from attention_cases import (
     TOLERANCES,
     Largest,
     NoHostRead,
+    Storages,
     assert_close,
     best_dtype,
     draw,
@@ -161,6 +163,20 @@ def test_gradient_checkpointing_changes_nothing(backend: str) -> None:
     plain, recomputed = layer(q, k, v), checkpoint(layer, q, k, v, use_reentrant=False)
     results = [[out.detach(), *torch.autograd.grad(out, (q, k, v), grad)] for out in (plain, recomputed)]
     assert_close(*results, TOLERANCES[q.dtype])
+
+
+@pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_all_that_is_kept_for_the_backward_is_autograds_to_give_away(backend: str, one_table: bool) -> None:
+    """Checkpointing drops what was saved; a table that hangs elsewhere would stay, once for each layer of a model."""
+    q, k, v, _, q_ids, k_ids = draw(15, 1, 2, 1, 60, 16, 2, 4, dtype=best_dtype(backend), one_table=one_table)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda _: None), Storages() as made:
+        out = lsh_attention(q, k, v, q_ids, k_ids, n_buckets=4, bucket_size=8, window=9, n_global=2, backend=backend)
+    gc.collect()
+    given = {x.untyped_storage().data_ptr() for x in (q, k, v, q_ids, k_ids, out)}  # views of these are made too
+    assert out.requires_grad and len(made.seen) > 5
+    left = [storage.nbytes() for storage in made.alive() if storage.data_ptr() not in given]
+    assert not left, f"buffers of {left} bytes are still there"
 
 
 @pytest.mark.skipif("triton" not in FAST, reason="Triton is not installed")

@@ -37,14 +37,15 @@ class _TiledAttention(torch.autograd.Function):
             flat_out, flat_lse = _flat_queries(out), _flat_queries(lse)
             far_forward(_flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(tables), flat_out, flat_lse)
             out, lse = flat_out[:-1].view_as(out), flat_lse[:-1].view_as(lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tables, ctx.window, ctx.n_global = tables, window, n_global
+        # the tables too: what is on ctx itself, checkpointing keeps
+        ctx.save_for_backward(q, k, v, out, lse, *vars(tables).values())
+        ctx.window, ctx.n_global = window, n_global
         return out.to(q.dtype)
 
     @staticmethod
     @once_differentiable  # out and lse are constants to it: a second derivative would be silently wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *kept = ctx.saved_tensors
         work = out.dtype
         q_w, k_w, v_w, grad = (x.to(work) for x in (q, k, v, grads[0]))
         with region("global"), full_precision(q):
@@ -53,8 +54,9 @@ class _TiledAttention(torch.autograd.Function):
         with region("bucket_attn"), full_precision(q):
             flat_dq = _flat_queries(dq)
             far_backward(
-                _flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(ctx.tables), _flat_queries(grad),
-                _flat_queries(lse), _flat_queries(delta), flat_dq, dk.view(-1, dk.shape[-1]), dv.view(-1, dv.shape[-1]),
+                _flat_queries(q_w), k_w.flatten(0, 1), v_w.flatten(0, 1), FarTiles(Intervals(*kept)),
+                _flat_queries(grad), _flat_queries(lse), _flat_queries(delta),
+                flat_dq, dk.view(-1, dk.shape[-1]), dv.view(-1, dv.shape[-1]),
             )
             dq = flat_dq[:-1].view_as(dq)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None

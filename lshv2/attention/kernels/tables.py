@@ -49,9 +49,9 @@ class Tables:
     length: Tensor
     ranks: Tensor
     lows: Tensor
+    buffer: Tensor  # all of them, one after the other
     bucket_size: int
     probes: int  # P
-    buffer: Tensor  # all of them, one after the other
 
 
 def padded_sizes(length: int, queries: int) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def tables_in(
     return Tables(
         order.view(groups, rounds, wide), sorted_queries.view(groups, rounds, tall), low.view(groups, rounds, tall),
         count.view(groups, rounds, tall), ranks.view(-1, groups, wide), lows.view(-1, groups, tall),
-        bucket_size, probes, buffer,
+        buffer, bucket_size, probes,
     )
 
 
