@@ -25,11 +25,11 @@ from lshv2.readers import read_manifest
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
 from lshv2.tolerant import mapping, number, objects, read_object, text
+from lshv2.training_views import parallel_table, step_table
 
 SHOWN = 6  # variants of a task
 BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
 NONE_YET = "No reference run committed yet."
-RECOMPUTED = {"True": "all but attention", "block": "blocks", "feed_forward": "after attention", "False": "nothing"}
 COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
 
 
@@ -68,58 +68,62 @@ def _part(entry: Entry) -> str | None:
     return "\n\n".join([head, _table(benchmark), _exponents(benchmark), *([manifest.verdict] if manifest else [])])
 
 
-def _made_by(environment: dict[str, Any]) -> str:
+def _made_by(environment: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
+    """rows: a measurement goes on from them, at other commits too, so theirs count."""
     torch, commit = (text(environment.get(key)) for key in ("torch", "commit"))
-    commits = ", ".join(one[:7] for one in commit.split(", "))
-    return f"torch {torch or 'not recorded'}, commit {commits or 'not recorded'}"
+    commits = sorted({text(row.get("commit"))[:7] for row in rows if row.get("commit")})
+    commits = commits or [one[:7] for one in commit.split(", ")]
+    return f"torch {torch or 'not recorded'}, commit {', '.join(commits) or 'not recorded'}"
 
 
 def _ablation(folder: Path, key: str) -> str:
     """A table a task, a line a variant, the best SHOWN of them: mean and range over the seeds."""
     content, _ = read_object(folder, "ablation.json")
-    environment = dict(mapping(content, "environment"))
-    commits = {text(row.get("commit"))[:7] for row in objects(content, "rows", "ablation.json")[0] if row.get("commit")}
-    if commits:  # a study goes on from its rows, at other commits too
-        environment["commit"] = ", ".join(sorted(commits))
+    environment, (rows, _) = mapping(content, "environment"), objects(content, "rows", "ablation.json")
     gpus = environment.get("gpus")
     device = text(gpus[0] if isinstance(gpus, list) and gpus else environment.get("cpu"))
-    head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {_made_by(environment)}"
+    head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {_made_by(environment, rows)}"
     # the first studies had one task, and no name for it
     summaries = mapping(content, "summaries") or {"language": mapping(content, "summary")}
     parts = [f"{head}. Mean (lowest to highest seed); overlapping ranges are no ranking."]
     for task in summaries:
         summary = mapping(summaries, task)
-        rows = {name: mapping(summary, name) for name in summary}
+        twins = {name: mapping(summary, name) for name in summary}
         sign = -1 if task.startswith("recall") else 1
-        order = [name for _, name in sorted((sign * number(rows[name].get(ranking(task))), name) for name in rows)]
+        order = [name for _, name in sorted((sign * number(twins[name].get(ranking(task))), name) for name in twins)]
         unit = "recall accuracy" if task.startswith("recall") else "eval bits per byte"
-        parts += [f"{task}, {unit}:", table({name: rows[name] for name in order[:SHOWN]}, task)]
+        parts += [f"{task}, {unit}:", table({name: twins[name] for name in order[:SHOWN]}, task)]
         if order[SHOWN:]:
             parts.append(f"{len(order) - SHOWN} more variants: [ablation.md](runs/{key}/ablation.md).")
     return "\n\n".join(parts)
 
 
 def _training(folder: Path, key: str) -> str:
-    """Training steps of the whole model: a line a row."""
+    """Training steps of the whole model: a line a row; then the same on several GPUs."""
     content, _ = read_object(folder, "training.json")
+    rows, _ = objects(content, "rows", "training.json")
     head = (f"**[{key}](runs/{key})**, training steps of the documented model, bfloat16, medians (20 to 80 %): "
-            f"{text(content.get('device'))}, {_made_by(mapping(content, 'environment'))}")
-    lines = [["model", "tokens", "recomputed", "milliseconds", "tokens/s", "over dense", "MFU", "peak GB"]]
-    lines.append(["---", "---:", "---", "---:", "---:", "---:", "---:", "---:"])
-    for row in objects(content, "rows", "training.json")[0]:
-        names = [text(row.get("attention")), *["Ponder"] * (row.get("ponder") is True),
-                 *["not compiled"] * (row.get("compile") is False)]
-        again = RECOMPUTED.get(str(row.get("gradient_checkpoint")), "")
-        cells = [", ".join(names), f"{number(row.get('seq_len')):,.0f} x {number(row.get('batch_size')):.0f}", again]
-        if row.get("status") != "ok":
-            lines.append([*cells, text(row.get("status")), *[""] * 4])
-            continue
-        low, middle, high, rate, factor, mfu, peak = (number(row.get(name)) for name in (
-            "step_ms_p20", "step_ms", "step_ms_p80", "tokens_per_sec", "over_dense", "mfu", "peak_mb"))
-        lines.append([*cells, f"{middle:,.0f} ({low:,.0f} to {high:,.0f})", f"{rate:,.0f}",
-                      f"{factor:.2f} ×" if math.isfinite(factor) else "", f"{mfu:.2f}" if math.isfinite(mfu) else "",
-                      f"{peak / 1024:.1f}"])
-    return "\n\n".join([head, _markdown(lines)])
+            f"{text(content.get('device'))}, {_made_by(mapping(content, 'environment'), rows)}")
+    parallels = [_parallel(path, key) for path in sorted(folder.glob("parallel*.json"))]
+    return "\n\n".join([head, _ruled(step_table(rows), (0, 2, 8)), *parallels])
+
+
+def _parallel(path: Path, key: str) -> str:
+    content, _ = read_object(path.parent, path.name)
+    equal, _ = objects(content, "equality", path.name)
+    head = (f"[{path.name}](runs/{key}/{path.name}), the same step on {number(content.get('processes')):.0f} GPUs, "
+            f"medians: {text(content.get('device'))}, {_made_by(mapping(content, 'environment'))}")
+    if equal:
+        first, later = (max(number(row.get(name)) for row in equal) for name in ("loss_first", "loss_later"))
+        head += (f"; a small model's losses in float32 are one process's within {first:.0e} of them in the first step, "
+                 f"{later:.0e} in the next")
+    return "\n\n".join([head, _ruled(parallel_table(objects(content, "rows", path.name)[0]), (0, 2, 4))])
+
+
+def _ruled(cells: list[list[str]], words: Sequence[int]) -> str:
+    """A table of cells, the heading first; words: columns that are no numbers."""
+    rules = ["---" if i in words else "---:" for i in range(len(cells[0]))]
+    return _markdown([cells[0], rules, *cells[1:]])
 
 
 def _operator(folder: Path, key: str) -> str | None:
@@ -169,9 +173,8 @@ def _arena(folder: Path, key: str) -> str | None:
             f"{_made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
             "measured. Chance and the best shortcut, a rule without a model: where they reach most.")
     cells = score_table(arena)
-    rules = ["---", "---", *["---:"] * (len(cells[0]) - 3), "---"]
     return "\n\n".join([
-        head, _markdown([cells[0], rules, *cells[1:]]),
+        head, _ruled(cells, (0, 1, len(cells[0]) - 1)),
         *_targets(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
         *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
         *_picture(folder, key, NEEDLES, "accuracy by depth and length"),

@@ -39,6 +39,7 @@ def test_the_command_measures_each_row_once(tmp_path: Path) -> None:
         assert row["step_ms_p20"] <= row["step_ms"] <= row["step_ms_p80"]
         assert row["tokens_per_sec"] == pytest.approx(128e3 / row["step_ms"])
         assert row["mfu"] is None and row["peak_mb"] > 10, "a CPU's peak is not known"
+        assert row["commit"] == first["environment"]["commit"] and "over_dense_commit" not in row
     said, second = run(out, "--attentions", "lsh", "dense", "--ponder", "off", "on", "--checkpoint", "feed_forward")
     assert said.count("tokens/s") == 4 and second["rows"][:2] == first["rows"]
     said, third = run(out, "--attentions", "lsh", "dense")
@@ -50,6 +51,17 @@ def test_a_row_stands_beside_the_twin_of_its_settings() -> None:
             {**CASE, "status": "ok", "tokens_per_sec": 200.0, "ponder": True}]
     rows += [{**CASE, "attention": "dense", "status": "ok", "tokens_per_sec": 100.0, "seq_len": n} for n in (64, 128)]
     assert [row.get("over_dense") for row in beside_twins(rows)] == [3.0, None, None, None, None]
+
+
+def test_a_twin_of_another_commit_is_named() -> None:
+    rows = [{**CASE, "attention": name, "status": "ok", "tokens_per_sec": rate, "commit": commit}
+            for name, rate, commit in (("lsh", 300.0, "later"), ("dense", 100.0, "early"))]
+    across = beside_twins(rows)
+    assert across[0]["over_dense"] == 3.0 and across[0]["over_dense_commit"] == "early"
+    again = beside_twins([across[0], {**rows[1], "tokens_per_sec": 150.0, "commit": "later"}])
+    assert again[0]["over_dense"] == 2.0 and "over_dense_commit" not in again[0]
+    failed = {**CASE, "attention": "dense", "status": "out of memory", "commit": "later"}
+    assert "over_dense" not in beside_twins([again[0], failed])[0]
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

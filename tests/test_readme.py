@@ -53,17 +53,46 @@ def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
 def test_training_steps_are_shown_with_what_did_not_fit(tmp_path: Path) -> None:
     row = {"attention": "lsh", "seq_len": 4096, "batch_size": 32, "ponder": True, "gradient_checkpoint": True,
            "compile": False, "status": "ok", "step_ms": 1234.4, "step_ms_p20": 1200.0, "step_ms_p80": 1300.0,
-           "tokens_per_sec": 106_000.0, "over_dense": 7.789, "mfu": None, "peak_mb": 2048.0}
-    full = {**row, "seq_len": 131_072, "batch_size": 1, "status": "out of memory", "gradient_checkpoint": "block"}
-    content = {"device": "cuda (a GPU)", "environment": {"commit": "0123456789", "torch": "2.11"}, "rows": [row, full]}
+           "tokens_per_sec": 106_000.0, "over_dense": 7.789, "mfu": None, "peak_mb": 2048.0,
+           "commit": "abcdef01"}
+    full = {**row, "seq_len": 131_072, "batch_size": 1, "status": "out of memory", "gradient_checkpoint": "block",
+            "commit": "0123456789"}
+    apart = {**row, "ponder": False, "compile": True, "mfu": 0.356, "over_dense_commit": "98765432"}
+    content = {"device": "cuda (a GPU)", "environment": {"commit": "0123456789", "torch": "2.11"},
+               "rows": [row, full, apart]}
     write_json(tmp_path / "reference-x" / "training" / "training.json", content)
     said = readme.results(tmp_path)
-    assert "cuda (a GPU), torch 2.11, commit 0123456" in said
-    assert said.splitlines()[-2:] == [
+    assert "cuda (a GPU), torch 2.11, commit 0123456, abcdef0\n" in said
+    assert said.splitlines()[-4:] == [
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
         "| lsh, Ponder, not compiled | 4,096 x 32 | all but attention "
-        "| 1,234 (1,200 to 1,300) | 106,000 | 7.79 × |  | 2.0 |",
-        "| lsh, Ponder, not compiled | 131,072 x 1 | blocks | out of memory |  |  |  |  |",
+        "| 1,234 (1,200 to 1,300) | 106,000 | 7.79 × |  | 2.0 | abcdef0 |",
+        "| lsh, Ponder, not compiled | 131,072 x 1 | blocks | out of memory |  |  |  |  | 0123456 |",
+        "| lsh | 4,096 x 32 | all but attention "
+        "| 1,234 (1,200 to 1,300) | 106,000 | 7.79 × (dense: 9876543) | 0.36 | 2.0 | abcdef0 |",
     ]
+
+
+def test_several_gpus_stand_below_the_one(tmp_path: Path) -> None:
+    row = {"mode": "sequence", "attention": "lsh", "ponder": False, "compile": True, "gradient_checkpoint": "block",
+           "seq_len": 131_072, "batch_size": 1, "processes": 2, "step_ms": 626.9, "tokens_per_sec": 209_088.4,
+           "speed_up": 1.723, "peak_mb": 18_432.0}
+    content = {"device": "cuda (a GPU)", "environment": {"commit": "0123456789", "torch": "2.11"}, "processes": 2,
+               "rows": [{**row, "mode": "alone", "processes": 1, "speed_up": None}, row]}
+    folder = tmp_path / "reference-x" / "training"
+    write_json(folder / "training.json", {"rows": []})
+    write_json(folder / "parallel-2.json", content)
+    said = readme.results(tmp_path)
+    assert said.splitlines()[-2:] == [
+        "| the whole step | 1 | lsh | 131,072 x 1 | blocks | 627 | 209,088 |  | 18.0 |",
+        "| a part of each sequence | 2 | lsh | 131,072 x 1 | blocks | 627 | 209,088 | 1.72 × | 18.0 |",
+    ]
+    assert ("[parallel-2.json](runs/reference-x/training/parallel-2.json), the same step on 2 GPUs, medians: "
+            "cuda (a GPU), torch 2.11, commit 0123456\n") in said
+    equal = [{"loss_first": 1e-7, "loss_later": 2e-5}, {"loss_first": 3e-7, "loss_later": 1e-5}]
+    write_json(folder / "parallel-2.json", {**content, "equality": equal})
+    assert "losses in float32 are one process's within 3e-07 of them in the first step, 2e-05 in the next\n" in (
+        readme.results(tmp_path))
 
 
 def test_ablations_are_shown_with_their_spread(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ the device, forward, backward, clipping, AdamW, hash update, under its autocast 
 random and a step has `--tokens` of them, so that short sequences fill a batch. Medians and 20 to 80 % of `--samples`
 steps, timed one by one after `--warm-up` others; peak memory is of torch's allocator over the timed steps. A row that
 does not fit says so. JSON is written after every row; rows that are there already are kept (delete the file to begin
-anew).
+anew), each with the `commit` that it was measured at; the environment is the newest row's.
 
     MFU = tokens/s · FLOP a token / peak,   FLOP a token = 3 · (2·(N + E·d·V) + 4·visible·H·D·n_layers)
 
@@ -15,7 +15,7 @@ N: weights of all matrix products of the blocks, a tied block as often as it is 
 ponder steps, or 1); visible: keys a query sees, mean over positions: (T + 1)/2 for the dense twin, for LSH at most
 window + n_global + R·W. Recomputation, hashing and elementwise work count as nothing. Peak: dense bf16 as the maker
 states it, for the GPUs in `PEAKS`; others have no MFU. `over_dense`: tokens/s over those of the dense twin with equal
-settings, where it was measured.
+settings, where it was measured; `over_dense_commit`: at which `commit`, where that is not the row's own.
 Not here: evaluation, data; several GPUs are in `lshv2.benchmark.parallel`.
 """
 
@@ -168,9 +168,13 @@ def beside_twins(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     dense = {tuple(row[key] for key in keys): row for row in rows if row["attention"] == "dense"}
     result = []
     for row in rows:
-        twin = dense.get(tuple(row[key] for key in keys), {}).get("tokens_per_sec")
-        known = row["attention"] == "lsh" and twin and row["status"] == "ok"
-        result.append({**row, "over_dense": row["tokens_per_sec"] / twin} if known else row)
+        twin = dense.get(tuple(row[key] for key in keys), {})
+        row = {name: value for name, value in row.items() if not name.startswith("over_dense")}
+        if row["attention"] == "lsh" and row["status"] == "ok" and twin.get("status") == "ok":
+            row = {**row, "over_dense": row["tokens_per_sec"] / twin["tokens_per_sec"]}
+            if twin.get("commit") != row.get("commit"):
+                row["over_dense_commit"] = twin.get("commit")
+        result.append(row)
     return result
 
 
@@ -219,13 +223,15 @@ def main() -> None:
         if time.monotonic() - began > options.budget_s:
             print("the time is up: run the same command again for the rest")
             break
-        rows.append(measure(case, options.preset, options.samples, options.warm_up, options.trace))
-        print(line(rows[-1]), flush=True)
+        row = measure(case, options.preset, options.samples, options.warm_up, options.trace)
+        machine = environment()
+        rows.append({**row, "commit": machine["commit"]})
+        print(line(row), flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if options.out:
-            about = {"schema": 1, "environment": environment(), "device": device_name(pick_device()),
+            about = {"schema": 1, "environment": machine, "device": device_name(pick_device()),
                      "preset": options.preset, "tokens_a_step": options.tokens}
             write_json(options.out, {**about, "rows": beside_twins(rows)})
 
