@@ -54,6 +54,8 @@ class Backbone(nn.Module):
                 module.weight.normal_(0.0, std, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
+            elif isinstance(module, Attention) and module.taps is not None:
+                module.taps.normal_(0.0, (1 + len(module.taps)) ** -0.5, generator=generator)
         self.embedding.weight.normal_(0.0, 0.2, generator=generator)  # of 1, 0.2 and 0.02 the fastest learner
         self.head.weight.mul_(0.5)  # near-uniform first predictions
         if self.config.use_ponder:

@@ -55,6 +55,9 @@ class ModelConfig(Section):
     attention: Literal["lsh", "dense", "window"] = Field("lsh", description="dense and window are the twins")
     hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "inverted_file"
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
+    short_conv: NonNegativeInt = Field(
+        0, description="earlier tokens that attention's input is mixed with, channel by channel; 0: none"
+    )
     rotary_heads: Fraction = Field(
         0.5, description="part of the key/value heads, with their queries, that carries positions, rounded up; the "
         "others weigh by content alone"
@@ -93,6 +96,11 @@ class ModelConfig(Section):
     def n_content_kv_heads(self) -> int:
         """Key/value heads without positions: the first ones."""
         return self.n_kv_heads - math.ceil(self.n_kv_heads * self.rotary_heads)
+
+    @property
+    def tokens_before(self) -> int:
+        """Earlier inputs that an attention layer's key is made of, beside the token's own."""
+        return self.short_conv + 1
 
     @property
     def n_ponder_steps(self) -> int:

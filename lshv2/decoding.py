@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lshv2.config import ModelConfig
 from lshv2.errors import UserError
@@ -75,7 +75,7 @@ class LayerCache:
     def __init__(self, config: ModelConfig, cursor: Cursor) -> None:
         self.config, self.cursor = config, cursor
         self.n_tables = 0  # R, or 1 that is probed R times, once filled
-        self.previous: Tensor | None = None  # [B,1,d]: the last token's input, for the next key's token shift
+        self.previous: Tensor | None = None  # [B,tokens_before,d]: the newest inputs, of which the next key is made too
         self.k = self.v = torch.empty(0)  # [B·K·capacity, D] once filled
         self.rings = torch.empty(0)  # int32 [B·K·tables·n_buckets + 1, W]: newest positions, -1 none; the last is scrap
         self.slot = torch.empty(0)  # [B·K·tables·n_buckets + 1]: where in its ring the next position goes
@@ -89,8 +89,9 @@ class LayerCache:
         batch, n_kv, length, dim = k.shape
         if self.cursor.longest > length:
             raise UserError(f"lengths go up to {self.cursor.longest}, but the prompts have {length} tokens")
-        last = (self.cursor.length - 1)[:, None, None].expand(-1, 1, x.shape[-1])
-        self.previous = x.gather(1, last)
+        reach = self.config.tokens_before
+        last = self.cursor.length[:, None] + torch.arange(reach, device=x.device)  # in x with `reach` zeros before it
+        self.previous = pad(x, (0, 0, reach, 0)).gather(1, last[..., None].expand(-1, -1, x.shape[-1]))
         stores = []
         for y in (k, v):
             store = y.new_zeros(batch, n_kv, self.cursor.capacity, dim)  # zeros: a hidden NaN would still be a NaN
@@ -128,7 +129,7 @@ class LayerCache:
         Keeps it, and returns its attention [B,H,1,D] in q's dtype.
         """
         assert self.previous is not None, "fill comes first"
-        self.previous.copy_(x)
+        self.previous.copy_(torch.cat([self.previous[:, 1:], x], dim=1))
         here = (self.cursor.first_row + self.cursor.length[:, None]).flatten()
         self.k.index_copy_(0, here, k.flatten(0, 2))
         self.v.index_copy_(0, here, v.flatten(0, 2))

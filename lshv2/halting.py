@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lshv2.block import Block
 from lshv2.decoding import Cache, LayerCache
+from lshv2.layers import tokens_before
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,12 @@ def _apply(
     if rows.showing:
         h = block.attention_norm(y)[None]
         seen = rows.put(shown.h, h, rows.shown, 1) if shown else h
+        reach = attention.config.tokens_before
         if layer is not None and layer.previous is not None:
-            before = layer.previous.transpose(0, 1)
+            before = tokens_before(_by_row(h, 1, batch), reach, layer.previous)
         else:
-            before = rows.take(pad(_by_row(seen, 1, batch), (0, 0, 1, 0))[:, :-1].flatten(0, 1), rows.shown)[None]
+            before = tokens_before(_by_row(seen, 1, batch), reach)
+        before = [rows.take(x.flatten(0, 1), rows.shown)[None] for x in before]
         cos, sin = (rows.take(a, rows.shown) for a in angles)
         q, k, v, q_ids, k_ids = attention.prepare(h, cos, sin, before, asking)
         if shown:

@@ -45,6 +45,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
+def tokens_before(x: Tensor, n: int, first: Tensor | None = None) -> list[Tensor]:
+    """x [B,T,d] -> of each token the one before it, the one before that .. the nth: n views [B,T,d].
+
+    first [B,n,d]: what came before x; None: nothing, zeros.
+    """
+    whole = pad(x, (0, 0, n, 0)) if first is None else torch.cat([first, x], dim=1)
+    return [whole[:, n - i : n - i + x.shape[1]] for i in range(1, n + 1)]
+
+
 class Attention(nn.Module):
     """Grouped-query attention: "lsh", or its twins "dense" (SDPA) and "window" (no bucket rounds)."""
 
@@ -58,6 +67,8 @@ class Attention(nn.Module):
         self.value = skip_init(nn.Linear, d, config.n_kv_heads * dim, bias=False)
         self.out = skip_init(nn.Linear, config.n_heads * dim, d, bias=False)
         self.shift = nn.Parameter(torch.ones(d))  # μ: how much of the previous token a key also carries
+        # c: with it one layer tells apart what follows the same few tokens; without, two layers must learn to
+        self.taps = nn.Parameter(torch.zeros(config.short_conv, d)) if config.short_conv else None
         self.log_temperature = nn.Parameter(torch.zeros(config.n_heads))  # QK-norm bounds logits by √D without it
         tables = self._draw_tables(generator)
         self.n_tables = len(tables) if config.attention == "lsh" else 0
@@ -93,17 +104,22 @@ class Attention(nn.Module):
         return [*self.sums, *(self.get_buffer(name) for name in rest)]
 
     def project(
-        self, x: Tensor, before: Tensor | None = None, asking: int | None = None
+        self, x: Tensor, before: list[Tensor] | None = None, asking: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,T,d] -> unrotated, normalised q [B,H,T,D], k [B,K,T,D], and v [B,K,T,D].
 
-        before [B,T,d]: the token before each; None: x are the first T tokens. asking: only so many have queries.
+        before: `tokens_before`, `config.tokens_before` of them; None: x are the first T tokens. asking: only so many
+        have queries.
         """
         dim = self.config.head_dim
-        if before is None and self.share and self.training:
-            before = self.share.before(x)
-        before = pad(x, (0, 0, 1, 0))[:, :-1] if before is None else before
-        shifted = x + self.shift.to(x.dtype) * before  # x_t + μ x_{t−1}: strictly causal
+        if before is None:
+            first = self.share.before(x, self.config.tokens_before) if self.share and self.training else None
+            before = tokens_before(x, self.config.tokens_before, first)
+        last = before[0]
+        if self.taps is not None:  # x_t + Σ c_i x_{t−i}
+            for tap, now, earlier in zip(self.taps.to(x.dtype), before[:-1], before[1:], strict=True):
+                x, last = torch.addcmul(x, tap, now), torch.addcmul(last, tap, earlier)
+        shifted = x + self.shift.to(x.dtype) * last  # x_t + μ x_{t−1}: strictly causal
         q, k, v = (
             layer(source).unflatten(-1, (-1, dim)).transpose(1, 2)
             for layer, source in ((self.query, x[:, :asking]), (self.key, shifted), (self.value, x))
@@ -172,7 +188,7 @@ class Attention(nn.Module):
         return torch.cat([x[:, :plain], rotate(x[:, plain:], cos, sin)], dim=1) if plain else rotate(x, cos, sin)
 
     def prepare(
-        self, x: Tensor, cos: Tensor, sin: Tensor, before: Tensor | None = None, asking: int | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, before: list[Tensor] | None = None, asking: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What attention weighs and finds: q [B,H,T,D] and k with positions, v [B,K,T,D], and both bucket ids.
 
@@ -221,8 +237,9 @@ class Attention(nn.Module):
 
     def cached(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache) -> Tensor:
         """`forward` for decoding: x [B,T,d] is the prompt that an empty cache takes over, then one token a call."""
-        q, k, v, q_ids, k_ids = self.prepare(x, cos, sin, cache.previous)
-        if cache.previous is None:
+        before = None if cache.previous is None else tokens_before(x, self.config.tokens_before, cache.previous)
+        q, k, v, q_ids, k_ids = self.prepare(x, cos, sin, before)
+        if before is None:
             cache.fill(x, k, v, k_ids)
             out = self.attend(q, k, v, q_ids, k_ids)
         else:

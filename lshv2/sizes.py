@@ -18,7 +18,8 @@ def count_parameters(config: ModelConfig) -> int:
     """Distinct trainable parameters (a tied block counts once, embeddings and output head are untied)."""
     d, head_dim = config.d_model, config.head_dim
     attention = 2 * d * config.n_heads * head_dim + 2 * d * config.n_kv_heads * head_dim
-    block = attention + 3 * d * config.d_ff + 3 * d + config.n_heads  # two norms, token shift, head temperatures
+    mixing = (3 + config.short_conv) * d + config.n_heads  # two norms, token shift, taps, head temperatures
+    block = attention + 3 * d * config.d_ff + mixing
     ponder = (config.n_ponder_steps * d + d + 1) if config.use_ponder else 0  # step embedding, halting head
     return 2 * config.vocab_size * d + config.weight_tied_layers * block + d + ponder
 

@@ -249,7 +249,7 @@ def test_both_layouts_and_every_process_are_measured_and_a_shared_case_once(
 ) -> None:
     """32 and 64 tokens at batch 1, and again as 64 tokens: 2 x 32 and the 1 x 64 that is there."""
     run = make_run(tmp_path / "r", sequence_lengths=[32, 64], attentions=["lsh"], fixed_tokens=64,
-                   processes_per_length=2)
+                   processes_per_length=2, timeout_seconds=600.0)
     summary = run_benchmark(run)
     both = [(row["seq_len"], row["batch_size"]) for row in summary["fixed_tokens"]["rows"]]
     assert [(row["seq_len"], row["batch_size"]) for row in summary["rows"]] == [(32, 1), (64, 1)]
@@ -292,7 +292,7 @@ def test_attention_alone_hashes_and_attends_and_does_nothing_else(
     job = {**_job(make_run(tmp_path / "r")), "seq_len": 128, "batch_size": 2}
     job["model"] = {**job["model"], "attention": attention}
     measurement = Measurement(job, lambda record: None)
-    step = measurement._attention(load_ids(job), train=True)
+    step = measurement._attention(load_ids(job).to(measurement.device), train=True)
     noted = [note.clone() for note in measurement.model.blocks[0].attention.notes]  # hashing in training adds to them
     with Profiler() as profiler:
         step()

@@ -58,6 +58,8 @@ CONFIGURATIONS = {
     "window_over_everything": dict(window=300),
     "ring_over_everything": dict(bucket_size=300, n_buckets=2),
     "no_rotary": dict(rotary_fraction=0.0),
+    "short_conv": dict(short_conv=3),
+    "short_conv_ponder": dict(**PONDER, short_conv=3),
     "dense": dict(attention="dense"),
     "dense_ponder": dict(**PONDER, attention="dense"),
     "window": dict(attention="window"),

@@ -52,7 +52,8 @@ def full_width(model: LSHModel, x: Tensor, draws: Tensor | None = None) -> tuple
 
 KINDS = {
     "lsh": {}, "inverted_file": dict(hashing="inverted_file"), "dense": dict(attention="dense"),
-    "window": dict(attention="window"), "one_block": dict(weight_tied_layers=1, n_layers=3),
+    "window": dict(attention="window"), "short_conv": dict(short_conv=3),
+    "one_block": dict(weight_tied_layers=1, n_layers=3),
 }
 HALTING = {"ragged": None, "all at once": 20.0, "none": -20.0}  # the halting head's bias
 

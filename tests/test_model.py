@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, rms_norm
 
 from lshv2.config import ModelConfig, parse_size
 from lshv2.errors import UserError
@@ -59,7 +59,8 @@ def test_sizes_resolve_within_five_percent_or_one_line_says_why(size: str, vocab
 
 
 def test_closed_form_count_equals_the_built_model() -> None:
-    for changes in ({}, {"use_ponder": False}, {"n_kv_heads": 4}, {"weight_tied_layers": 4}, {"attention": "dense"}):
+    others = ({"n_kv_heads": 4}, {"weight_tied_layers": 4}, {"attention": "dense"}, {"short_conv": 3})
+    for changes in ({}, {"use_ponder": False}, *others):
         model = small(**changes)
         assert model.count_parameters() == count_parameters(model.config)
 
@@ -85,10 +86,12 @@ def test_loss_is_shifted_cross_entropy_of_the_logits() -> None:
 
 
 @pytest.mark.parametrize("attention", ["lsh", "dense", "window"])
-@pytest.mark.parametrize("hashing", ["codebooks", "cross_polytope", "inverted_file"])
+@pytest.mark.parametrize(
+    "changes", [dict(hashing="codebooks"), dict(hashing="cross_polytope"), {}, dict(short_conv=3)], ids=str
+)
 @torch.no_grad()
-def test_logits_depend_on_the_past_only(attention: str, hashing: str) -> None:
-    model, x = small(attention=attention, hashing=hashing).eval(), ids()
+def test_logits_depend_on_the_past_only(attention: str, changes: dict[str, Any]) -> None:
+    model, x = small(attention=attention, **changes).eval(), ids()
     other = x.clone()
     other[:, 60:] = ids(seed=1)[:, 60:]
     whole, changed, cut = model(x).logits, model(other).logits, model(x[:, :60]).logits
@@ -311,6 +314,27 @@ def test_an_inverted_file_places_keys_by_what_sets_them_apart() -> None:
     assert (attention.hash(q, k + common)[1] == want).float().mean() < 0.5
     attention.key_mean.copy_(common)
     assert (attention.hash(q, k + common)[1] == want).float().mean() > 0.99
+
+
+@torch.no_grad()
+def test_a_short_convolution_mixes_earlier_tokens_into_what_attention_reads() -> None:
+    """Against a loop over tokens: y_t = x_t + Σ c_i x_{t−i} makes q and v, y_t + μ y_{t−1} makes k."""
+    attention = small(short_conv=3).blocks[0].attention.double().eval()
+    x = torch.randn(1, 9, attention.config.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    attention.shift.uniform_(generator=torch.Generator().manual_seed(1))
+    y = x.clone()
+    for t in range(9):
+        for i in range(1, min(3, t) + 1):
+            y[:, t] += attention.taps[i - 1] * x[:, t - i]
+    keys = y.clone()
+    keys[:, 1:] += attention.shift * y[:, :-1]
+    dim = attention.config.head_dim
+    expected = (rms_norm(attention.query(y).unflatten(-1, (-1, dim)), (dim,)),
+                rms_norm(attention.key(keys).unflatten(-1, (-1, dim)), (dim,)),
+                attention.value(y).unflatten(-1, (-1, dim)))
+    for got, want in zip(attention.project(x), expected, strict=True):
+        assert (got.transpose(1, 2) - want).abs().max() < 1e-12
+    assert attention.taps.std() > 0.1, "taps that begin at nothing learn late"
 
 
 def test_building_and_running_leave_the_global_generator_alone() -> None:

@@ -59,10 +59,10 @@ def test_losses_gradients_and_tables_are_those_of_one_process(
     assert all(rank["held"] <= whole / world * 1.1 for rank in got) and sum(r["held"] for r in got) == whole
 
 
-@pytest.mark.parametrize("attention", ["dense", "window"])
-def test_the_twins_share_sequences_too(ranks: Ranks, attention: str) -> None:
-    expected = ranks.run(1, "train", attention=attention, steps=2)[0]
-    for rank in ranks.run(2, "train", sequence=2, attention=attention, steps=2):
+@pytest.mark.parametrize("changes", [dict(attention="dense"), dict(attention="window"), dict(short_conv=3)], ids=str)
+def test_other_models_share_sequences_too(ranks: Ranks, changes: dict[str, Any]) -> None:
+    expected = ranks.run(1, "train", steps=2, **changes)[0]
+    for rank in ranks.run(2, "train", sequence=2, steps=2, **changes):
         assert furthest(rank["norms"], expected["norms"]) < NORM
 
 

@@ -6,6 +6,7 @@ Step i's sequences follow from (seed, i) alone. What is drawn for one step is ne
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import time
@@ -139,7 +140,7 @@ def _drawn(task: ArenaTask, recipe: Recipe, seed: int, device: torch.device) -> 
     """Batches of all steps, drawn some steps ahead by others."""
     workers = min(8, os.cpu_count() or 1)
     if task.in_processes:
-        pool: Executor = ProcessPoolExecutor(min(4, workers), multiprocessing.get_context("spawn"))
+        pool: Executor = ProcessPoolExecutor(min(8, workers), multiprocessing.get_context("spawn"))
     else:
         pool = ThreadPoolExecutor(workers)
     with pool:
@@ -156,7 +157,9 @@ def _drawn(task: ArenaTask, recipe: Recipe, seed: int, device: torch.device) -> 
 
 
 def _draw(task: ArenaTask, recipe: Recipe, seed: int, step: int) -> Drawn:
+    """Short sequences first, where the window shows what is asked; all lengths from half of the training on."""
     stream = generator(seed, TRAINING, step)
-    length = recipe.lengths[stream.integers(len(recipe.lengths))]
+    there = math.ceil(len(recipe.lengths) * min(1.0, 2 * (step + 1) / recipe.steps))
+    length = sorted(recipe.lengths)[stream.integers(there)]
     examples = task.draw(stream, max(1, recipe.tokens // length), length)
     return examples.input_ids, examples.labels

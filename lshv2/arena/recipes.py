@@ -1,7 +1,8 @@
 """What each task's models are and how they learn: one table, from which twins differ by their attention alone.
 
-Trained lengths are drawn step by step, each step having about `tokens` tokens. The index has cells for 131,072 tokens
-from the start: a cell holds what it holds at every length, so it must be fine enough for the longest.
+Trained lengths are drawn step by step, each step having about `tokens` tokens or, of a longer one, one sequence. The
+index has cells for 131,072 tokens from the start: a cell holds what it holds at every length, so it must be fine enough
+for the longest. What each choice is worth was tried with one seed (NOTES.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ LONGEST = 131_072
 LENGTHS = tuple(1 << e for e in range(10, 18))  # what is judged
 Attention = Literal["lsh", "dense", "window"]
 ATTENTIONS: tuple[Attention, ...] = ("lsh", "dense", "window")
+BASE: dict[str, Any] = {
+    "d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "d_ff": 256, "window": 64, "bucket_size": 64,
+    "n_rounds": 4, "n_buckets": 1024, "short_conv": 3, "use_ponder": False,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Recipe:
 
     lengths: tuple[int, ...]
     steps: int = 2000
-    tokens: int = 16_384
+    tokens: int = 8192
     learning_rate: float = 3e-3
     settings: dict[str, Any] = field(default_factory=dict)
     judged: tuple[int, ...] | None = None
@@ -32,34 +37,41 @@ class Recipe:
 
     def model(self, vocab_size: int, attention: Attention, longest: int) -> ModelConfig:
         """A model's shape; longest: the longest sequence it will see."""
-        shape = {
-            "d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "d_ff": 256, "window": 64, "bucket_size": 64,
-            "n_rounds": 4, "n_buckets": 1024, "use_ponder": False, "weight_tied_layers": None,
-            **self.settings,
-        }
-        shape["weight_tied_layers"] = shape["weight_tied_layers"] or shape["n_layers"]
+        shape = {**BASE, **self.settings}
+        shape.setdefault("weight_tied_layers", shape["n_layers"])
         return ModelConfig(vocab_size=vocab_size, attention=attention, max_seq_len=longest, **shape)
+
+    def twin(self, attention: Attention) -> Recipe:
+        """The recipe of a twin: a window sees as many keys as LSH may, all of them the most recent."""
+        if attention != "window":
+            return self
+        shape = {**BASE, **self.settings}
+        return replace(self, settings={**shape, "window": shape["window"] + shape["n_rounds"] * shape["bucket_size"]})
 
 
 SHORT = (32, 64, 128, 256, 512, 1024, 2048)  # in the shortest the window alone shows what is asked: where it begins
-FINE = {"n_buckets": 4096}  # a cell then holds 32 keys of 131,072, and W = 64 are visible
-CONTENT = {**FINE, "rotary_heads": 0.0}  # positions beyond the trained lengths mean nothing
-TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512}
+WHOLE = (*SHORT[2:], 8192, 32_768, 131_072)  # trained where they are judged: at 131,072 tokens keys have closer rivals
+CONTENT = {"rotary_heads": 0.0}  # positions beyond the trained lengths mean nothing
+# without a convolution MQAR is learnt sooner; a cell holds 32 keys of 131,072, and W = 64 are visible
+RECALL = {**CONTENT, "short_conv": 0, "n_buckets": 4096}
+# 16 cells of 1,024 hold what one of 64 would, and closer; heads look on their own, so eight miss less than four
+SEARCH = {**CONTENT, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "n_rounds": 16, "bucket_size": 256}
+COPY = {**SEARCH, "n_buckets": 256, "window": 256}
+COPIED = (48, *SHORT[1:], 4096, 4096, 4096)
+TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size": 128, "window": 256}
 RECIPES: dict[str, Recipe] = {
-    "mqar": Recipe(SHORT, 4000, settings=CONTENT),
-    "mqar_dense_pairs": Recipe(SHORT, 4000, settings=CONTENT),
-    "duplication": Recipe(SHORT[:-1], 5000, settings={"n_layers": 3, "n_buckets": 32}, judged=(1024,)),
-    "induction": Recipe((64, 128, 256), 2000, settings={"rotary_heads": 0.0}),
-    # few cells: what is to be copied lies in few of them, and the blanks in others
-    "selective_copying": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3, "n_buckets": 64}),
-    "selective_copying_dense": Recipe((48, *SHORT[1:], 4096), 6000, settings={"n_layers": 3, "n_buckets": 64}),
-    "passkey": Recipe((16, *SHORT), 5000, settings={"n_layers": 3, **FINE}),
-    "kv_needle": Recipe((24, *SHORT), 6000, settings={"n_layers": 3, **FINE}),
-    "uuid_needle": Recipe((48, 96, 192, 512, 1024, 2048), 6000, settings={"n_layers": 3, **FINE}),
-    "variable_tracking": Recipe((24, 48, 96, 192, 512, 1024, 2048), 6000,
-                                settings={"n_layers": 8, "weight_tied_layers": 2, **FINE}),
-    "listops": Recipe((*SHORT[:-1], 2001), 6000, 32_768, 2e-3, TREES, (2001,), 1000),
-    "listops_long": Recipe((*SHORT, 4096), 6000, 32_768, 2e-3, TREES, (4096, 8192, 16_384)),
+    "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
+    "mqar_dense_pairs": Recipe(SHORT, 4000, 16_384, settings=RECALL),
+    "duplication": Recipe(SHORT[:-1], 5000, settings={**CONTENT, "n_layers": 3, "n_buckets": 16}, judged=(1024,)),
+    "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
+    "selective_copying": Recipe(COPIED, 8000, settings=COPY),
+    "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY),
+    "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings=SEARCH),
+    "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
+    "uuid_needle": Recipe((48, 64, 96, *WHOLE), 5000, settings=SEARCH),
+    "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
+    "listops": Recipe((*SHORT[:-1], 2001, 2001), 6000, 16_384, 2e-3, TREES, (2001,), 1000),
+    "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
     "bytes": Recipe(
         (16_384,), 1500, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256}, sequences=8
     ),
@@ -67,7 +79,9 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
 
 # Laptop sizes: what `make quick` and the tests have time for.
-SMALL: dict[str, Any] = {"d_model": 64, "n_buckets": 64, "window": 16, "bucket_size": 16, "n_layers": 2, "d_ff": 128}
+SMALL: dict[str, Any] = {
+    "d_model": 64, "n_buckets": 64, "window": 16, "bucket_size": 16, "n_layers": 2, "d_ff": 128, "short_conv": 0,
+}
 
 
 def recipe(task: str, small: bool = False) -> Recipe:

@@ -81,7 +81,8 @@ def plan(
         how = replace(how, lengths=trained)
         for seed in seeds:
             for attention in attentions:
-                jobs.append(Job(name, attention, seed, how, judged, _settings(name, attention), tuple(plugins)))
+                twin = how.twin(attention)
+                jobs.append(Job(name, attention, seed, twin, judged, _settings(name, attention), tuple(plugins)))
     return jobs
 
 

@@ -83,6 +83,6 @@ def _gather(x: Tensor, group: Group) -> list[Tensor]:
 
 
 @torch.compiler.disable
-def token_before(x: Tensor, group: Group) -> Tensor:
-    """x [B,t,d] -> [B,t,d]: of each token the one before it; zeros before the sequence's first."""
-    return torch.cat([_FromPrevious.apply(x[:, -1:], group), x[:, :-1]], dim=1)
+def from_previous(x: Tensor, group: Group) -> Tensor:
+    """x [..] of each process -> the x of the process before it; zeros in the first."""
+    return _FromPrevious.apply(x, group)

@@ -66,13 +66,13 @@ class Share:
         """Which of this process's `length` tokens every `stride`-th token of the sequence are."""
         return slice(-self.sequence * length % stride, None, stride)
 
-    def before(self, x: Tensor) -> Tensor | None:
-        """x [B,T/S,d] -> of each token the one before it; None where the sequence is not split."""
+    def before(self, x: Tensor, n: int) -> Tensor | None:
+        """x [B,T/S,d] -> the n tokens before its first, [B,n,d]; None where the sequence is not split."""
         if self.group is None:
             return None
-        from lshv2.parallel.exchange import token_before  # imports torch.compile: a second, for those who need it
+        from lshv2.parallel.exchange import from_previous  # imports torch.compile: a second, for those who need it
 
-        return token_before(x, self.group)
+        return from_previous(x[:, -n:], self.group)
 
     def by_heads(self, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor) -> tuple[Tensor, ...]:
         """[B,H,T/S,D], [B,K,T/S,D] twice and ids [B,H,R,T/S], [B,K,R or 1,T/S] -> the same of H/S, K/S and T."""

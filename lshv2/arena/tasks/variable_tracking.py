@@ -26,7 +26,8 @@ class VariableTracking(ArenaTask):
 
     A hop is an assignment from another variable. No name, and no value, is used twice. Statements stand in order within
     their chain, at free places anywhere before the questions; in between is noise of 253 words. hops: of each answer.
-    Sequences below 164 tokens have as many chains as fit. Chance 1/256.
+    Sequences below 164 tokens have as many chains as fit. Chance 1/256. While a model learns, any variable of a chain
+    is asked, so that there is something to learn before there are hops to combine.
     """
 
     name, vocab_size = "variable_tracking", FIRST_NOISE + NOISE_WORDS
@@ -53,14 +54,17 @@ class VariableTracking(ArenaTask):
         source[:, starts] = values
         statements = np.stack([np.full_like(names, SET), names, source], axis=-1)
         ids[np.arange(n)[:, None, None], 3 * places[:, :, None] + np.arange(3)] = statements
-        ends = np.flatnonzero(np.concatenate([starts[1:], [True]]))
         asked = np.stack([generator.permutation(chains) for _ in range(n)])
+        hops = asked + 1
+        if self.split == "train":
+            hops = generator.integers(hops + 1)
         row = np.arange(n)[:, None]
-        questions = np.stack([np.full_like(asked, ASK), names[row, ends[asked]], values[row, asked]], axis=-1)
+        variable = names[row, np.flatnonzero(starts)[asked] + hops]
+        questions = np.stack([np.full_like(asked, ASK), variable, values[row, asked]], axis=-1)
         ids[:, -3 * chains :] = questions.reshape(n, -1)
         labels = np.full_like(ids, IGNORED)
         labels[:, -3 * chains + 2 :: 3] = questions[:, :, 2]
-        return Examples(ids, labels, {"hops": asked + 1})
+        return Examples(ids, labels, {"hops": hops})
 
     def chance(self, length: int) -> float:
         return 1 / VALUES
