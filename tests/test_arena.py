@@ -61,9 +61,21 @@ def test_recipes_fit_their_tasks() -> None:
     assert max(recipe("mqar").lengths) <= 2048 and max(recipe("induction").lengths) == 256, "as the targets say"
 
 
-@pytest.mark.parametrize("name", ["mqar", "passkey", "variable_tracking"])
+class TwoBits(ArenaTask):
+    """Bits of which the last two count: an untrained model has both, one or none of them right."""
+
+    name, vocab_size, exact = "two_bits", 2, True
+
+    def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
+        ids = generator.integers(2, size=(n, length))
+        labels = np.full_like(ids, IGNORED)
+        labels[:, -2:] = ids[:, -2:]
+        return Examples(ids, labels, {"depth": np.arange(n) % 3})
+
+
+@pytest.mark.parametrize("name", ["mqar", "two_bits", "variable_tracking"])
 def test_a_judgement_counts_what_a_plain_loop_counts(name: str) -> None:
-    task = get_task(name)
+    task = TwoBits() if name == "two_bits" else get_task(name)
     model = model_for(task, use_ponder=name == "variable_tracking").eval()
     with torch.no_grad():
         model.head.weight[: task.vocab_size // 2] += 0.02  # hits, some of them
@@ -85,6 +97,7 @@ def test_a_judgement_counts_what_a_plain_loop_counts(name: str) -> None:
     counted = np.array([[float(all(row))] for row in hits] if task.exact else hits)
     assert result["value"] == pytest.approx(counted.mean()) and result["scored"] == np.size(hits)
     assert result["sequences"] == sequences and result["chance"] == task.chance(length)
+    assert not task.exact or 0 < result["value"] < result["by_token"] < 1, "answers half right"
     for label, values in by.items():
         assert result["by"]["hops" if name == "variable_tracking" else "depth"][label] == pytest.approx(np.mean(values))
     assert ("ponder_step" in result["by"]) == (name == "variable_tracking")

@@ -123,11 +123,12 @@ def test_the_mesh_follows_from_the_batch(world: int, batch: int, sequence: int |
         (2, 1, None, 4095, "seq_length=4095 is not a multiple of 2"),
         (4, 4, 3, 4096, "parallel.sequence=3 does not divide the 4 processes"),
         (4, 1, 2, 4096, "batch_size=1 is not a multiple of 2"),
+        (4, 1, None, 12, r"3 tokens each of a sequence of 12, and a key is made of 4 earlier ones \(short_conv=3\)"),
     ],
 )
 def test_what_does_not_come_out_even_is_one_line(
     world: int, batch: int, sequence: int | None, length: int, said: str
 ) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        plan(world, batch_size=batch, length=length, config=ModelConfig(**SHAPE), sequence=sequence)
+        plan(world, batch_size=batch, length=length, config=ModelConfig(**SHAPE, short_conv=3), sequence=sequence)
     assert "\n" not in str(caught.value)

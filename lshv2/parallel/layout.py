@@ -43,6 +43,11 @@ def plan(world: int, *, batch_size: int, length: int, config: ModelConfig, seque
                 f"{told} processes would share each sequence, and {name}={value} is not a multiple of {chosen}: "
                 "set another number of processes (NPROC), or a batch_size that is a multiple of it"
             )
+    if length // chosen < config.tokens_before:
+        raise UserError(
+            f"{told} processes would have {length // chosen} tokens each of a sequence of {length}, and a key is made "
+            f"of {config.tokens_before} earlier ones (short_conv={config.short_conv}): set fewer processes (NPROC)"
+        )
     return Layout(data, chosen)
 
 
