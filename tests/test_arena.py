@@ -138,8 +138,12 @@ def test_a_model_learns_to_look_back(tmp_path: Path) -> None:
     reached = {}
     for attention in ("lsh", "window"):
         model = LSHModel(how.model(task.vocab_size, attention, 128), seed=0)  # type: ignore[arg-type]
+        cells = [table.clone() for block in model.blocks for table in block.attention.tables]
         learn.train(model, task, how, 0, CPU)
         reached[attention] = judge(model, task, 128, 100, CPU)["value"]
+        moved = [not old.equal(new) for old, new in zip(
+            cells, (table for block in model.blocks for table in block.attention.tables), strict=True)]
+        assert moved == [True, True] * (attention == "lsh"), "cells follow the keys"
     assert reached["lsh"] > 0.9 and reached["window"] < 0.5, reached
 
 
