@@ -22,9 +22,9 @@ from lshv2.arena.judge import judge
 from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.recipes import ATTENTIONS, LONGEST, RECIPES, recipe
 from lshv2.arena.registry import get_task, task_names
-from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena.study import ARENA, Job, _configure, missing, plan, rows_of, run_job
 from lshv2.arena.sweep import POINTS, Point, sweep_jobs
-from lshv2.arena.task import ArenaTask, Examples
+from lshv2.arena.task import REGISTERED, ArenaTask, Examples
 from lshv2.data.jsonl import IGNORED
 from lshv2.errors import UserError
 from lshv2.model import LSHModel
@@ -145,6 +145,34 @@ def test_a_model_learns_to_look_back(tmp_path: Path) -> None:
             cells, (table for block in model.blocks for table in block.attention.tables), strict=True)]
         assert moved == [True, True] * (attention == "lsh"), "cells follow the keys"
     assert reached["lsh"] > 0.9 and reached["window"] < 0.5, reached
+
+
+class Spy(TwoBits):
+    """Notes what its sequences are drawn for."""
+
+    name, splits = "spy", list[str]()
+
+    def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
+        self.splits.append(self.split)
+        return super().draw(generator, n, length)
+
+
+def test_what_is_judged_was_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTERED, "spy", Spy)
+    job, = small_plan("spy", attentions=("dense",))
+    run_job(job, tmp_path)
+    assert Spy.splits == ["train"] * TINY["steps"] + ["eval", "eval"]
+
+
+def test_judging_with_other_settings_is_a_model_that_has_them() -> None:
+    """Fewer probes change what is found, and equal those of the same weights built so."""
+    task = get_task("duplication")
+    ids = torch.from_numpy(task.draw(np.random.default_rng(0), 2, 200).input_ids)
+    model, other = model_for(task, n_rounds=4).eval(), model_for(task, n_rounds=1).eval()
+    with torch.no_grad():
+        usual = model(ids).logits
+        _configure(model, model.config.model_copy(update={"n_rounds": 1}))
+        assert torch.equal(model(ids).logits, other(ids).logits) and not torch.equal(usual, other(ids).logits)
 
 
 def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
