@@ -112,9 +112,13 @@ class LSHModel(Backbone):
             count = self._scored(targets)
             weights = log_p.exp() / count
             losses = [self._score(state, targets, weight)[0] for state, weight in zip(states, weights, strict=True)]
-            divergence = (prior_divergence(log_p, self.config.ponder_prior) * (targets != IGNORE)).sum() / count
+            divergence = self._divergence(log_p, targets != IGNORE, count)
             out.loss = torch.stack(losses).sum() + self.config.ponder_beta * divergence
         return out
+
+    def _divergence(self, log_p: Tensor, scored: Tensor, count: Tensor) -> Tensor:
+        """Mean KL to the prior: log_p [N,B,T], scored bool [B,T], what a sum is divided by -> scalar."""
+        return (prior_divergence(log_p, self.config.ponder_prior) * scored).sum() / count
 
     def _score(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Σ weights · nats of each token's saying its target, and the nats [B,T], zero where there is none.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lshv2.ablation.depth import BudgetModel
 from lshv2.ablation.variants import Variant
 from lshv2.attention.masked import interval_mask
 from lshv2.config import ModelConfig, Settings
@@ -99,12 +100,12 @@ def attentions(model: LSHModel) -> list[Attention]:
 
 def build_model(settings: Settings, variant: Variant) -> LSHModel:
     """The model of these settings and seed with the variant's attention in every block."""
-    model = LSHModel(settings.model, settings.seed)
+    model = (BudgetModel if variant.special == "budget" else LSHModel)(settings.model, settings.seed)
     classes = {"centred": CentredAttention, "two_way": TwoWayAttention}
     for block, plain in zip(model.blocks, attentions(model), strict=True):
         if variant.special == "no_shift":
             plain.shift.requires_grad_(False).zero_()
-        elif variant.special:
+        elif variant.special in classes:
             special = classes[variant.special](settings.model, torch.Generator())
             special.load_state_dict(plain.state_dict(), strict=False)  # a centred one has means that start at zero
             if isinstance(special, TwoWayAttention):

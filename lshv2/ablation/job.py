@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lshv2.ablation.depth import NEVER, depth_figures
 from lshv2.ablation.heads import TwoWayAttention, attentions, build_model
 from lshv2.ablation.lookup import measure_layers
-from lshv2.ablation.material import Material, Sequences, load
+from lshv2.ablation.material import Material, in_order, load
 from lshv2.ablation.variants import VARIANTS, Job
 from lshv2.attention import choose_backend
 from lshv2.batches import Task
-from lshv2.evaluation import Batch, evaluate
+from lshv2.evaluation import evaluate
 from lshv2.losses import IGNORE
 from lshv2.machine import git_state
 from lshv2.runs import Run
@@ -39,7 +40,7 @@ def run_job(job: Job, data: Path, alone: bool = True) -> dict[str, Any]:
     which `step_ms` is None. Raises FloatingPointError when the loss diverges, RuntimeError where the attention would
     be too slow to be worth a GPU."""
     began = time.perf_counter()
-    device, settings = pick_device(), job.settings()
+    device, settings, depth = pick_device(), job.settings(), job.task.startswith("depth")
     material = load(data, job, device)
     model = build_model(settings, VARIANTS[job.variant])
     train = settings.train
@@ -53,10 +54,13 @@ def run_job(job: Job, data: Path, alone: bool = True) -> dict[str, Any]:
     loaded = time.perf_counter()
     losses, step_ms = _train(trainer, material, device)
     trained = time.perf_counter()
+    if depth:
+        model.config = model.config.model_copy(update={"ponder_threshold": NEVER})
     row = {
         "variant": job.variant, "task": job.task, "seed": job.seed, "steps": trainer.step,
-        **(_language if job.task.startswith("language") else _recall)(trainer, material),
-        "layers": measure_layers(model, _samples(job, material, device), trainer.autocast),
+        **(_recall if job.task.startswith("recall") else _language)(trainer, material),
+        **(depth_figures(trainer, material) if depth else {}),
+        "layers": [] if depth else measure_layers(model, _samples(job, material, device), trainer.autocast),
         "loss_train": losses, "step_ms": step_ms if alone else None, "backend": backend,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", **git_state(),
@@ -101,22 +105,12 @@ def _between(first: Any, second: Any) -> float:
     return (second - first) * 1e3 if isinstance(first, float) else first.elapsed_time(second)
 
 
-def _batches(data: Sequences, size: int, hidden: int = 0) -> Iterator[Batch]:
-    """In order, `size` sequences at a time; the first `hidden` positions are not scored."""
-    for start in range(0, len(data), size):
-        input_ids, labels = data.batch(torch.arange(start, min(start + size, len(data))))
-        if hidden:
-            labels = labels.clone()
-            labels[:, :hidden] = IGNORE
-        yield input_ids, labels
-
-
 def _language(trainer: Trainer, material: Material) -> dict[str, float]:
     """Bits per byte of held-out text, over all positions and over the second half of each window."""
     length = trainer.settings.seq_length
     row = {}
     for name, hidden in (("bits_per_byte", 0), ("late_bits_per_byte", length // 2)):
-        batches = _batches(material.evaluations["1x"], max(1, EVAL_TOKENS // length), hidden)
+        batches = in_order(material.evaluations["1x"], max(1, EVAL_TOKENS // length), hidden)
         result = evaluate(trainer.model, batches, trainer.autocast, material.token_bytes)
         assert result.bits_per_byte is not None
         row[name] = result.bits_per_byte
@@ -130,7 +124,7 @@ def _recall(trainer: Trainer, material: Material) -> dict[str, float]:
         length = data.batch(torch.zeros(1, dtype=torch.long))[0].shape[1]
         for label, hidden in (("accuracy", 0), ("far_accuracy", trained)):
             if hidden < length:
-                batches = _batches(data, max(1, EVAL_TOKENS // length), hidden)
+                batches = in_order(data, max(1, EVAL_TOKENS // length), hidden)
                 row[f"{label}_{name}"] = evaluate(trainer.model, batches, trainer.autocast).accuracy
     return row
 

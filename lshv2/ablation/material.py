@@ -9,7 +9,7 @@ weights and order, never in the held-out documents. Recall's evaluation sequence
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from lshv2.ablation.variants import BYTE_VOCABULARY, RECALL_LENGTHS, Job
 from lshv2.data import PackedDataset, ensure, epoch_order, load_token_bytes
 from lshv2.data.synthetic import generator_for, recall
 from lshv2.evaluation import Batch
+from lshv2.losses import IGNORE
 from lshv2.runs import Run, atomic_path, open_run
 
 AT_ONCE = 4096  # recall sequences drawn at a time
@@ -67,6 +68,16 @@ class Rows(Sequences):
         return self.input_ids[rows].long(), self.labels[rows].long()
 
 
+def in_order(data: Sequences, size: int, hidden: int = 0) -> Iterator[Batch]:
+    """`size` sequences at a time; the first `hidden` positions are not scored."""
+    for start in range(0, len(data), size):
+        input_ids, labels = data.batch(torch.arange(start, min(start + size, len(data))))
+        if hidden:
+            labels = labels.clone()
+            labels[:, :hidden] = IGNORE
+        yield input_ids, labels
+
+
 @dataclass(frozen=True)
 class Material:
     """train; evaluations by name (language: `1x`; recall: `1x` … `8x`); token_bytes [V] of text, else None."""
@@ -90,7 +101,7 @@ def text_run(folder: Path, job: Job) -> Run:
 
 def prepare(folder: Path, job: Job) -> None:
     """Make what `load` needs below `folder`, unless it is there. Raises UserError on unusable sources."""
-    if job.task.startswith("language"):
+    if not job.task.startswith("recall"):
         ensure(text_run(folder, job))
 
 
@@ -99,7 +110,7 @@ def load(folder: Path, job: Job, device: torch.device) -> Material:
     settings = job.settings()
     train = settings.train
     order = epoch_order(train.num_train_sequences, 0, job.seed)
-    if job.task.startswith("language"):
+    if not job.task.startswith("recall"):
         run = text_run(folder, job)
         windows = _windows(run, job, "train", device), _windows(run, job, "eval", device)
         return Material(windows[0], {"1x": windows[1]}, torch.from_numpy(load_token_bytes(run)).to(device), order)

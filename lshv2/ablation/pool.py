@@ -28,8 +28,9 @@ from lshv2.runs import append_jsonl, read_jsonl
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 START_SECONDS = 15.0  # of a first job: importing torch, the context, kernels being compiled
 # Seconds a step by kind, until a job of the kind has finished: measured through a dense mask on one H200 at 32,768
-# tokens a step (dense 0.024, LSH 0.056), and guessed from there; recall's models are a fraction of that.
-FIRST_GUESS = {"dense": 0.025, "window": 0.03, "lsh": 0.06, "two_way": 0.12}
+# tokens a step (dense 0.024, LSH 0.056), and guessed from there; recall's models are a fraction of that,
+# depth's apply their blocks up to eight times instead of four.
+FIRST_GUESS = {"dense": 0.025, "window": 0.03, "lsh": 0.06, "two_way": 0.12, "depth": 0.15}
 RECALL_PART = 0.4
 
 

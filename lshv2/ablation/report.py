@@ -1,4 +1,5 @@
-"""A study's three files, drawn anew from its rows: `ablation.json`, `ablation.md`, `ablation.png`.
+"""A study's files, drawn anew from its rows: `ablation.json`, `ablation.md`, `ablation.png`, and `ablation_depth.png`
+where depths were compared.
 
     write_report(out)           # what `python -m lshv2.ablation OUT --report` does
 
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lshv2.ablation import depth_summary
 from lshv2.ablation.pool import finished_rows
 from lshv2.ablation.summary import Rows, best_dense, layer_table, measures, statements, summarise, table
 from lshv2.ablation.variants import VARIANTS
@@ -32,7 +34,7 @@ LEGEND = (
 
 
 def write_report(out: Path, environment: dict[str, Any] | None = None) -> str:
-    """Write the three files from `out/results.jsonl`; returns the page. environment: of the machine that measured,
+    """Write the files from `out/results.jsonl`; returns the page. environment: of the machine that measured,
     None keeps what `ablation.json` says. Raises UserError where no job has finished."""
     rows = finished_rows(out)
     if not rows:
@@ -55,13 +57,16 @@ def write_report(out: Path, environment: dict[str, Any] | None = None) -> str:
         backends = sorted({row["backend"] for row in rows if row["task"] == task})
         head = f"## {task}\n\n{', '.join(f'{n:,}' for n in steps)} steps; attention by {', '.join(backends)}."
         parts += [head, table(summaries[task], task), "\n".join(f"- {line}" for line in said[task])]
-        parts += [f"What limits it on {task}, by layer (worst to best head):", layer_table(rows, task)]
+        if not task.startswith("depth"):
+            parts += [f"What limits it on {task}, by layer (worst to best head):", layer_table(rows, task)]
     page = "\n\n".join(parts) + "\n"
     with atomic_path(out / f"{NAME}.md") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    figure = draw(rows, tasks)
-    with atomic_path(out / f"{NAME}.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    depths = [task for task in tasks if task.startswith("depth")]
+    figures = {NAME: draw(rows, tasks), **({f"{NAME}_depth": depth_summary.draw(rows, depths)} if depths else {})}
+    for name, figure in figures.items():
+        with atomic_path(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     return page
 
 

@@ -10,6 +10,7 @@ import math
 from statistics import mean, stdev
 from typing import Any
 
+from lshv2.ablation import depth_summary
 from lshv2.ablation.variants import VARIANTS
 from lshv2.scaling import student_t_quantile
 
@@ -21,6 +22,9 @@ RECALL = {
     "accuracy_1x": "1×", "accuracy_2x": "2×", "accuracy_4x": "4×", "accuracy_8x": "8×",
     "far_accuracy_8x": "8×, asked past the training length",
 }
+DEPTH = {  # the first two at full depth
+    **LANGUAGE, "judged_bits_per_byte": "with tokens halting", "judged_steps": "mean steps with tokens halting",
+}
 NOT_TIMED = ("masked", "emulated", "reference")  # backends of T×T masks
 WITHIN = 0.01  # of the best dense twin's bits per byte
 RECALLED = 0.99  # at 8 times the training length
@@ -28,7 +32,7 @@ RECALLED = 0.99  # at 8 times the training length
 
 def measures(task: str) -> dict[str, str]:
     """Column -> heading of a task's figures."""
-    return RECALL if task.startswith("recall") else LANGUAGE
+    return RECALL if task.startswith("recall") else DEPTH if task.startswith("depth") else LANGUAGE
 
 
 def ranking(task: str) -> str:
@@ -39,7 +43,7 @@ def ranking(task: str) -> str:
 def summarise(rows: Rows, task: str) -> Summary:
     """By variant of one task: `seeds`, and mean, `_low` and `_high` of every figure that its rows have."""
     table: Summary = {}
-    mine = [row for row in rows if row["task"] == task]
+    mine = [row | (depth_summary.judged(row) if "curve" in row else {}) for row in rows if row["task"] == task]
     for name in dict.fromkeys(row["variant"] for row in mine):
         of = [row for row in mine if row["variant"] == name]
         table[name] = {"seeds": len({row["seed"] for row in of})}
@@ -131,6 +135,8 @@ PAIRS = (
 
 def statements(rows: Rows, task: str) -> list[str]:
     """The bar, then each question of the study that this task has rows for."""
+    if task.startswith("depth"):
+        return depth_summary.statements(rows, task)
     summary = summarise(rows, task)
     said = _bar(rows, summary, task)
     dense = best_dense(summary)

@@ -5,7 +5,8 @@ A variant is the product's model with other settings; what its settings do not o
 the twins that LSH is held against, with the same token shift, QK-norm, learned temperature and rotary choices.
 
 Tasks: `language-N`, bytes of real text in windows of N tokens, 32,768 tokens a step; `recall-N`, associative recall
-trained at N tokens and asked at 1, 2, 4 and 8 times that, its buckets made for the longest (a model's capacity).
+trained at N tokens and asked at 1, 2, 4 and 8 times that, its buckets made for the longest (a model's capacity);
+`depth-N`, the same text as language, for pondering against fixed depths (`lshv2.ablation.depth_variants`).
 Needs no torch: the README's table reads this.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lshv2.ablation import depth_variants
 from lshv2.config import RecallConfig, Settings
 from lshv2.errors import UserError
 from lshv2.presets import make_settings
@@ -22,7 +24,7 @@ TOKENS_A_STEP = 32_768
 RECALL_LENGTHS = (1, 2, 4, 8)  # times the training length
 BYTE_VOCABULARY = 257  # all bytes and the end of a document
 
-Special = Literal["", "no_shift", "centred", "two_way"]
+Special = Literal["", "no_shift", "centred", "two_way", "budget"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ VARIANTS: dict[str, Variant] = {
     "dense_mix_half": _dense(0.5, 0.5),
     "dense_two_way_half": _dense(1.0, special="two_way", far=0.5),
     "dense_no_shift": _dense(0.5, special="no_shift"),
+    **{
+        name: Variant(settings, "budget" if name == depth_variants.BUDGET else "", only="depth")
+        for name, settings in depth_variants.SETTINGS.items()
+    },
 }
 
 _CORE = ("inverted_file_r8_quarter", "dense_half", "inverted_file_r8_mix_full", "dense_mix_full",
@@ -137,6 +143,7 @@ TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                     "cross_polytope_few_buckets", "dense_mix_full", "dense_mix_half", "dense_no_shift")),
     ("language-2048", ("codebooks_two_way_half", "codebooks_two_way_content", "dense_two_way_half")),
     ("language-2048", ("codebooks_content", "inverted_file_content", "codebooks_mix_half", "dense_content")),
+    *(("depth-2048", names) for names in depth_variants.TIERS),
 )
 TASKS = tuple(dict.fromkeys(task for task, _ in TIERS))
 
@@ -159,6 +166,8 @@ class Job:
     def kind(self) -> str:
         """Jobs of one kind take about the same time."""
         variant = VARIANTS[self.variant]
+        if self.task.startswith("depth"):
+            return "depth"
         return "two_way" if variant.special == "two_way" else variant.attention
 
     @property
@@ -169,9 +178,11 @@ class Job:
     def base(self) -> dict[str, Any]:
         """What all variants of the study share; raises `UserError` for an unknown task."""
         name, _, text = self.task.partition("-")
-        if name not in ("language", "recall") or not text.isdigit():
-            raise UserError(f"task {self.task!r} is unknown; allowed: language-<tokens> and recall-<tokens>")
-        base = _language(int(text)) if name == "language" else _recall(int(text))
+        bases = {"language": _language, "recall": _recall, "depth": _depth}
+        if name not in bases or not text.isdigit():
+            known = ", ".join(f"{name}-<tokens>" for name in bases)
+            raise UserError(f"task {self.task!r} is unknown; allowed: {known}")
+        base = bases[name](int(text))
         values = {**base, **dict(self.extra)}
         return {**values, "train.num_train_sequences": self.steps * values["train.batch_size"]}
 
@@ -203,6 +214,10 @@ def _language(length: int) -> dict[str, Any]:
         "train.batch_size": batch, "train.num_eval_sequences": 16 * batch, "train.learning_rate": 3e-3,
         "train.gradient_checkpoint": False, **ALL,
     }
+
+
+def _depth(length: int) -> dict[str, Any]:
+    return depth_variants.base(_language(length))
 
 
 def _recall(length: int) -> dict[str, Any]:
