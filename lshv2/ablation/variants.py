@@ -1,7 +1,8 @@
 """What is compared: attention variants, tasks, and the order in which a study runs them.
 
 A variant is the product's model with other settings; what its settings do not offer (`special`) is a subclass in
-`lshv2.ablation.heads`. All variants of a task have the same parameters, data, steps and learning rate. `dense_*` are
+`lshv2.ablation.heads`. All variants of a task have the same parameters (but for the taps of a convolution, a tenth of a
+percent), data, steps and learning rate. `dense_*` are
 the twins that LSH is held against, with the same token shift, QK-norm, learned temperature and rotary choices.
 
 Tasks: `language-N`, bytes of real text in windows of N tokens, 32,768 tokens a step; `recall-N`, associative recall
@@ -67,6 +68,7 @@ INVERTED_FILE = {"model.hashing": "inverted_file"}
 MIXED = {"model.rotary_heads": 0.5}  # the first half of the heads carries no positions
 CONTENT_CELLS = {**INVERTED_FILE, "model.rotary_fraction": 0.25}
 FINE = {"model.n_rounds": 8, "model.bucket_size": 32}  # as many keys in smaller pieces
+CONVOLVED = {"model.short_conv": 3}
 VARIANTS: dict[str, Variant] = {
     "codebooks_half": Variant(),
     "dense_full": _dense(1.0),
@@ -85,6 +87,12 @@ VARIANTS: dict[str, Variant] = {
     "inverted_file_mix_full": Variant({**INVERTED_FILE, **MIXED, "model.rotary_fraction": 1.0}),
     "inverted_file_r8_mix_full": Variant(
         {**INVERTED_FILE, **FINE, **MIXED, "model.rotary_fraction": 1.0}, only="language"
+    ),
+    "inverted_file_mix_full_conv": Variant(
+        {**INVERTED_FILE, **MIXED, **CONVOLVED, "model.rotary_fraction": 1.0}, only="language"
+    ),
+    "inverted_file_r8_mix_full_conv": Variant(
+        {**INVERTED_FILE, **FINE, **MIXED, **CONVOLVED, "model.rotary_fraction": 1.0}, only="language"
     ),
     "inverted_file_r8_mix_quarter": Variant({**CONTENT_CELLS, **FINE, **MIXED}, only="language"),
     # what the full-size model sees: 512 and 1,024 found keys
@@ -113,6 +121,9 @@ VARIANTS: dict[str, Variant] = {
     "dense_content": _dense(0.0),
     "dense_mix_full": _dense(1.0, 0.5),
     "dense_mix_half": _dense(0.5, 0.5),
+    "dense_mix_full_conv": Variant(
+        {"model.attention": "dense", **MIXED, **CONVOLVED, "model.rotary_fraction": 1.0}, only="language"
+    ),
     "dense_two_way_half": _dense(1.0, special="two_way", far=0.5),
     "dense_no_shift": _dense(0.5, special="no_shift"),
     **{
@@ -126,6 +137,7 @@ _CORE = ("inverted_file_r8_quarter", "dense_half", "inverted_file_r8_mix_full", 
 # The most informative comparison first, for all seeds, before the next begins.
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
+    ("language-2048", ("inverted_file_r8_mix_full_conv", "dense_mix_full_conv", "inverted_file_mix_full_conv")),
     ("recall-256", ("inverted_file_quarter", "inverted_file_content", "codebooks_quarter", "codebooks_content",
                     "dense_half", "dense_quarter", "dense_content", "inverted_file_half", "codebooks_half")),
     ("language-8192", (*_CORE, "inverted_file_fine_quarter", "inverted_file_w128_quarter",
@@ -202,6 +214,7 @@ class Job:
 # Stated for every job, so that a study's variants stay what they are when the product's defaults move.
 ALL: dict[str, Any] = {
     "model.hashing": "codebooks", "model.rotary_fraction": 0.5, "model.rotary_heads": 1.0, "model.n_rounds": 4,
+    "model.short_conv": 0,
 }
 
 
