@@ -86,6 +86,11 @@ class _Region:
             _active.pop()
 
 
+def is_profiling() -> bool:
+    """Whether a profiler is active."""
+    return _active is not None
+
+
 def region(name: str) -> AbstractContextManager[Any]:
     """Mark a piece of the step; free when nothing is profiled, and nothing where torch.compile traces."""
     return _NULL if torch.compiler.is_compiling() or _active is None else _Region(name)

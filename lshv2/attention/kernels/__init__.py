@@ -15,15 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lshv2.attention.kernels.common import packing_of
 from lshv2.attention.kernels.operator import attention_backward, attention_forward
-from lshv2.attention.kernels.tables import Tables
-
-
-def _parts(tables: Tables | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Tensors and numbers of tables, in the order of their fields."""
-    if tables is None:
-        return (), ()
-    tensors = tables.order, tables.queries, tables.low, tables.length, tables.ranks, tables.lows, tables.buffer
-    return tensors, (tables.bucket_size, tables.probes)
+from lshv2.attention.kernels.replay import replayed
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -33,21 +25,18 @@ class _KernelAttention(torch.autograd.Function):
         n_buckets: int, bucket_size: int, window: int, n_global: int,
     ) -> Tensor:
         """q [B,H,T,D], k, v [B,K,T,D] -> out [B,H,T,D]."""
-        packing = packing_of(cu_seqlens, q.shape[2], q.device)
-        out, lse, tables = attention_forward(
-            q, k, v, q_buckets, k_buckets, packing, n_buckets, bucket_size, window, n_global
+        packing, rounds = packing_of(cu_seqlens, q.shape[2], q.device), k_buckets.shape[2]
+        kept = replayed(
+            attention_forward, (q, k, v, q_buckets, k_buckets), packing, n_buckets, bucket_size, window, n_global
         )
-        kept, ctx.numbers = _parts(tables)
-        ctx.save_for_backward(q, k, v, out, lse, *kept)  # the tables too: what is on ctx itself, checkpointing keeps
-        ctx.rest = packing, window, n_global
-        return out
+        ctx.save_for_backward(q, k, v, *kept)  # the tables too: what is on ctx itself, checkpointing keeps
+        ctx.rest = packing, rounds, q_buckets.shape[2] // max(1, rounds), bucket_size, window, n_global
+        return kept[0]
 
     @staticmethod
     @once_differentiable  # out and lse are constants to it: a second derivative would be silently wrong
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *kept = ctx.saved_tensors
-        tables = Tables(*kept, *ctx.numbers) if kept else None
-        gradients = attention_backward(q, k, v, out, lse, grads[0], tables, *ctx.rest)
+        gradients = replayed(attention_backward, (*grads, *ctx.saved_tensors), *ctx.rest)
         return *gradients, None, None, None, None, None, None, None
 
 

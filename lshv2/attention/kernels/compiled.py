@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lshv2.attention.kernels import operator
-from lshv2.attention.kernels.common import Packing, packing_of
-from lshv2.attention.kernels.tables import empty_tables, tables_in
+from lshv2.attention.kernels.common import packing_of
+from lshv2.attention.kernels.tables import empty_tables
 
 SIZES = "int n_buckets, int bucket_size, int window, int n_global"
 
@@ -25,10 +25,8 @@ def attention(
 ) -> list[Tensor]:
     """out [B,H,T,D], lse float32 [B,H,T], and with rounds the tables' buffer: what is returned may not alias."""
     packing = packing_of(cu_seqlens, q.shape[2], q.device)
-    out, lse, tables = operator.attention_forward(
-        q, k, v, q_buckets, k_buckets, packing, n_buckets, bucket_size, window, n_global
-    )
-    return [out, lse] if tables is None else [out, lse, tables.buffer]
+    tensors = q, k, v, q_buckets, k_buckets
+    return list(operator.attention_forward(tensors, packing, n_buckets, bucket_size, window, n_global))
 
 
 @attention.register_fake
@@ -55,13 +53,9 @@ def attention_backward(
     n_probes: int, n_buckets: int, bucket_size: int, window: int, n_global: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; saved: what `attention` returned, of n_rounds tables and n_probes buckets a query and table."""
-    tables = None
-    if len(saved) > 2:
-        batch, n_heads, length, _ = q.shape
-        groups, queries = batch * k.shape[1], n_heads // k.shape[1] * n_probes * length
-        tables = tables_in(saved[2], groups, n_rounds, length, queries, bucket_size, n_probes)
-    packing: Packing | None = packing_of(cu_seqlens, q.shape[2], q.device)
-    return operator.attention_backward(q, k, v, saved[0], saved[1], grad, tables, packing, window, n_global)
+    packing = packing_of(cu_seqlens, q.shape[2], q.device)
+    sizes = n_rounds, n_probes, bucket_size, window, n_global
+    return operator.attention_backward((grad, q, k, v, *saved), packing, *sizes)
 
 
 @attention_backward.register_fake

@@ -1,6 +1,12 @@
-"""The kernels in order: tables, forward, backward. Called by autograd, and by torch.compile's operators."""
+"""The kernels in order: tables, forward, backward. Called by autograd, by torch.compile's operators and by recordings.
+
+Both functions take and return tuples of tensors that do not alias: what a recording copies, and what an operator of
+torch.compile may return.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -9,7 +15,7 @@ from lshv2.attention.kernels.common import Packing
 from lshv2.attention.kernels.far_keys import far_keys
 from lshv2.attention.kernels.forward import far_forward, local_forward
 from lshv2.attention.kernels.local_keys import local_keys
-from lshv2.attention.kernels.tables import Tables, build_tables
+from lshv2.attention.kernels.tables import build_tables, tables_in
 from lshv2.profiling import region
 
 SHORT = 1 << 15  # up to this many tokens in all, one launch serves all rounds: launching costs more than idle tests
@@ -26,44 +32,48 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_buckets: Tensor, k_buckets: Tensor, packing: Packing | None, n_buckets: int,
-    bucket_size: int, window: int, n_global: int,
-) -> tuple[Tensor, Tensor, Tables | None]:
-    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R,T] and [B,K,R or 1,T] -> out [B,H,T,D], lse float32 [B,H,T] of base
-    2, and the tables (None if R is 0)."""
+    tensors: Sequence[Tensor], packing: Packing | None, n_buckets: int, bucket_size: int, window: int, n_global: int
+) -> tuple[Tensor, ...]:
+    """q [B,H,T,D], k, v [B,K,T,D], buckets [B,H,R·P,T] and [B,K,R,T], R or P 1 -> out [B,H,T,D], lse float32 [B,H,T] of
+    base 2, and unless R is 0 the tables' buffer."""
+    q, k, v, q_buckets, k_buckets = tensors
     q, k, v = _rows(q), _rows(k), _rows(v)
-    tables = part = part_lse = None
     rounds = k_buckets.shape[2]
-    if rounds:
-        with region("hashing"):
-            tables = build_tables(
-                q_buckets, k_buckets, packing, n_buckets=n_buckets, bucket_size=bucket_size, window=window,
-                n_global=n_global,
-            )
-        with region("bucket_attn"):
-            part, part_lse = far_forward(q, k, v, tables, _per_launch(q, rounds))
+    if not rounds:
+        with region("global"):
+            return local_forward(q, k, v, None, None, packing, window, n_global)
+    with region("hashing"):
+        tables = build_tables(
+            q_buckets, k_buckets, packing, n_buckets=n_buckets, bucket_size=bucket_size, window=window,
+            n_global=n_global,
+        )
+    with region("bucket_attn"):
+        part, part_lse = far_forward(q, k, v, tables, _per_launch(q, rounds))
     with region("global"):
-        out, lse = local_forward(q, k, v, part, part_lse, packing, window, n_global)
-    return out, lse, tables
+        return *local_forward(q, k, v, part, part_lse, packing, window, n_global), tables.buffer
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, tables: Tables | None,
-    packing: Packing | None, window: int, n_global: int,
+    tensors: Sequence[Tensor], packing: Packing | None, rounds: int, probes: int, bucket_size: int, window: int,
+    n_global: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, like q, k, v, from what the forward kept and grad [B,H,T,D]."""
+    """Gradient of out [B,H,T,D], q, k, v, then what the forward returned, of R rounds and P probes -> dq, dk, dv."""
+    grad, q, k, v, out, lse, *buffer = tensors
     q, k, v, grad = _rows(q), _rows(k), _rows(v), _rows(grad)
-    per_launch = 0 if tables is None else _per_launch(q, tables.order.shape[1])
+    per_launch = _per_launch(q, rounds)
     with region("global"):
         delta = row_products(out, grad)
     part = parts = None
-    if tables is not None:
+    if buffer:
+        batch, n_heads, length, _ = q.shape
+        queries = n_heads // k.shape[1] * probes * length
+        tables = tables_in(buffer[0], batch * k.shape[1], rounds, length, queries, bucket_size, probes)
         with region("bucket_attn"):
             part, sorted_lse, sorted_delta = far_queries(q, k, v, grad, lse, delta, tables, per_launch)
     with region("global"):
         dq, sinks = local_queries(q, k, v, grad, lse, delta, part, packing, window, n_global)
     del part
-    if tables is not None:
+    if buffer:
         with region("bucket_attn"):
             parts = far_keys(q, k, v, grad, sorted_lse, sorted_delta, tables, per_launch)
     with region("global"):
