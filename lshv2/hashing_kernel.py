@@ -11,6 +11,7 @@ from lshv2.launch import cdiv, launch, power_of_two
 
 BLOCK = 64  # tokens a program
 SCORES = 64  # directions a product, of one round or several
+SHORT = 1 << 14  # tokens in all
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def _best_cells(
         number = first + c
         known = (C % SLOTS == 0) | (number < C)[None, :]
         centroids = tl.load(table + number[None, :] * DIM + d[:, None], mask=known, other=0.0)
-        scores = tl.dot(x_tile, centroids, input_precision="ieee")
+        scores = tl.dot(x_tile, centroids.to(x_tile.dtype), input_precision="ieee")
         scores = ((scores.to(tl.int32, bitcast=True) & ~MASK) | number[None, :]).to(tl.float32, bitcast=True)
         if C % SLOTS:
             scores = tl.where(known, scores, float("-inf"))
@@ -151,9 +152,11 @@ def best_cells_triton(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     ids = torch.empty(batch, n_heads, n, length, dtype=torch.int32, device=x.device)
+    if batch * length > SHORT:  # rounded once instead of tile by tile; on short inputs a launch costs more
+        table = table.to(x.dtype)
     block = 2 * BLOCK if dim * x.element_size() <= 128 else BLOCK  # wider vectors would not fit
     launch(
-        _best_cells, (cdiv(length, block), n_heads, batch), (x, table.to(x.dtype).contiguous(), ids),
+        _best_cells, (cdiv(length, block), n_heads, batch), (x, table.contiguous(), ids),
         (*x.stride()[:3], length, n_heads, n_heads // table.shape[0]),
         C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=block, SLOTS=max(16, min(slots, power_of_two(size))),
         num_warps=4, num_stages=2,  # a tile of centroids is copied while another is multiplied

@@ -22,6 +22,12 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def current_stream(device: torch.device) -> int:
+    """The handle of a GPU's current stream, without torch's object around it."""
+    handle: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return handle
+
+
 def launch(
     kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **options: Any
 ) -> None:
@@ -50,5 +56,5 @@ def launch(
         _compiled[key] = compiled, (*numbers, *[options[name] for name in kernel.arg_names[count:]])
         return
     compiled, rest = known
-    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    stream = current_stream(device)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *rest)

@@ -167,8 +167,12 @@ def test_gradient_checkpointing_changes_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("one_table", [False, True], ids=TABLES)
 @pytest.mark.parametrize("backend", LINEAR)
-def test_all_that_is_kept_for_the_backward_is_autograds_to_give_away(backend: str, one_table: bool) -> None:
+def test_all_that_is_kept_for_the_backward_is_autograds_to_give_away(
+    backend: str, one_table: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checkpointing drops what was saved; a table that hangs elsewhere would stay, once for each layer of a model."""
+    if backend == "triton":  # a recording makes nothing but what it gives
+        monkeypatch.setattr("lshv2.attention.kernels.replay.SHORT", 0)
     q, k, v, _, q_ids, k_ids = draw(15, 1, 2, 1, 60, 16, 2, 4, dtype=best_dtype(backend), one_table=one_table)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda _: None), Storages() as made:
         out = lsh_attention(q, k, v, q_ids, k_ids, n_buckets=4, bucket_size=8, window=9, n_global=2, backend=backend)

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_a_contender_that_fails_has_its_reason_and_the_others_go_on() -> None:
     assert taken["bad"] == "RuntimeError: CUDA error: out of luck" and taken["good"] == [{"both": 2.0}] * 3
     slow = timing.in_turn({"slow": lambda: {"both": 1000.0}}, timing.Limits(most=20, least=5, seconds=1.5))
     assert len(slow["slow"]) == 5
+
+
+@pytest.mark.parametrize(("milliseconds", "calls"), [(0.0, 1 + 2 * 6), (30.0, 4 + 3)])
+def test_a_short_call_is_made_once_before_it_is_timed(milliseconds: float, calls: int) -> None:
+    made = []
+
+    def forward() -> torch.Tensor:
+        made.append(time.sleep(milliseconds / 1e3))
+        return torch.zeros(1)
+
+    contender = who.Contender("one", forward, (), torch.zeros(1))
+    taken = timing.measure([contender], CPU, timing.Limits(most=3))["one"]
+    assert len(taken) == 3 and len(made) == calls
 
 
 def row(length: int, lsh: float, dense: float | None, *, batch: int = 1, mode: str = "eager",

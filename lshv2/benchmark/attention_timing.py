@@ -2,7 +2,9 @@
 
 A sample is forward and backward in one go, from an idle device: forward (in training mode, it saves what its backward
 needs), backward, and both together. On CUDA device events tell them apart; on a CPU the host clock. Every figure keeps
-its samples. Compilation and autotuning are over before: each contender is warmed up first.
+its samples. Compilation and autotuning are over before: each contender is warmed up first. Where a call takes less than
+`warm_below_ms`, one that does not count goes before each sample: contenders take turns, and after the others' the
+host's caches hold nothing of this one's, unlike in a model, whose layers call the same operator one after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from lshv2.benchmark.attention_contenders import Contender
 from lshv2.profiling import Profiler, region
 
-WARM_UPS = 2
+WARM_UPS = 4  # the third call of a shape may be recorded as a CUDA graph
 Sample = dict[str, float]  # milliseconds of forward, backward and both, as far as there are such
 Taken = dict[str, list[Sample] | str]  # by contender; a string says in one line why there are none
 
@@ -31,15 +34,18 @@ class Limits:
     most: int = 20
     least: int = 5
     seconds: float = 1.5
+    warm_below_ms: float = 20.0
 
     def enough(self, samples: list[Sample]) -> bool:
         spent = sum(max(sample.values()) for sample in samples) / 1e3
         return len(samples) >= self.most or (len(samples) >= min(self.least, self.most) and spent >= self.seconds)
 
 
-def sample(contender: Contender, device: torch.device) -> Sample:
-    """One forward and backward, or forward alone, in milliseconds."""
+def sample(contender: Contender, device: torch.device, warm: bool = False) -> Sample:
+    """One forward and backward, or forward alone, in milliseconds; warm: after one that does not count."""
     with contender.context():
+        if warm:
+            contender.backward(contender.forward())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = _stamp(device)
@@ -70,7 +76,14 @@ def _elapsed(device: torch.device, **spans: tuple[Any, Any]) -> Sample:
 
 def measure(contenders: Sequence[Contender], device: torch.device, limits: Limits) -> Taken:
     """Samples by contender. One that fails (out of memory, refused shape) has its reason instead; the others go on."""
-    return in_turn({c.name: lambda c=c: sample(c, device) for c in contenders}, limits)  # type: ignore[misc]
+    warm = {contender.name: False for contender in contenders}
+
+    def step(contender: Contender) -> Sample:
+        taken = sample(contender, device, warm[contender.name])
+        warm[contender.name] = max(taken.values()) < limits.warm_below_ms
+        return taken
+
+    return in_turn({contender.name: partial(step, contender) for contender in contenders}, limits)
 
 
 def in_turn(steps: dict[str, Callable[[], Sample]], limits: Limits) -> Taken:

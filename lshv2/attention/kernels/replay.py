@@ -1,6 +1,6 @@
 """Short inputs' kernels as recorded CUDA graphs: one launch in place of a dozen.
 
-Up to 8,192 tokens the GPU is done before the host has launched everything. A call whose shapes came twice before is
+Up to 16,384 tokens the GPU is done before the host has launched everything. A call whose shapes came twice before is
 recorded; from then on its inputs are copied to where the recording reads, the recording is replayed, and its results
 are copied out. The same kernels run on the same values: the bits are the same.
 
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lshv2.launch import current_stream
 from lshv2.profiling import is_profiling
 
-SHORT = 1 << 13  # tokens in all
+SHORT = 1 << 14  # tokens in all
 BEFORE = 2  # equal calls that come first: lengths that do not come back are not worth a recording
 KEPT = 32  # shapes remembered, recorded or only seen; a forward and its backward are two
 
@@ -36,14 +37,12 @@ class _Recording:
         self, function: Function, tensors: Sequence[Tensor], rest: tuple[Any, ...], place: Hashable
     ) -> None:
         self.place = place
-        dtypes = dict.fromkeys(x.dtype for x in tensors)  # tensors of one dtype are copied in one call
-        self.groups = [[i for i, x in enumerate(tensors) if x.dtype == dtype] for dtype in dtypes]
         self.graph = torch.cuda.CUDAGraph()
         # what runs one after the other may share its memory: the pool of a recording of the same stream
         pool = next((x.graph.pool() for x in _known.values() if isinstance(x, _Recording) and x.place == place), None)
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty_like(x) for x in tensors]
-            self._take(tensors)
+            _copy(self.inputs, tensors)
             function(self.inputs, *rest)  # compiles what other strides and addresses ask for
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -56,13 +55,22 @@ class _Recording:
                     self.graph.capture_end()
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        self._take(tensors)
+        _copy(self.inputs, tensors)
         self.graph.replay()
-        return tuple(x.clone() for x in self.outputs)
+        fresh = tuple(torch.empty_like(x) for x in self.outputs)
+        _copy(fresh, self.outputs)
+        return fresh
 
-    def _take(self, tensors: Sequence[Tensor]) -> None:
-        for group in self.groups:
-            torch._foreach_copy_([self.inputs[i] for i in group], [tensors[i] for i in group])
+
+def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """All of one dtype in one launch: a mixed list is copied one by one."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(into, tensors, strict=True):
+        targets, sources = groups.setdefault(source.dtype, ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in groups.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def replayed(function: Function, tensors: Sequence[Tensor], packing: Any, *sizes: int) -> tuple[Tensor, ...]:
@@ -73,7 +81,7 @@ def replayed(function: Function, tensors: Sequence[Tensor], packing: Any, *sizes
     x = tensors[0]
     if packing is not None or not x.is_cuda or x.shape[0] * x.shape[2] > SHORT or not _may_record(x):
         return function(tensors, packing, *sizes)
-    place = x.device, torch.cuda.current_stream().cuda_stream
+    place = x.device, current_stream(x.device)
     key = (function, place, sizes, *[(x.dtype, x.shape, x.stride()) for x in tensors])
     with _lock:
         known = _known.get(key, 0)
