@@ -73,9 +73,10 @@ def draw_arena(arena: Arena) -> Figure:
 
 def _about(arena: Arena) -> str:
     seeds = {s.seeds for s in arena.summaries if s.seeds and not s.setting}
-    told = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds, default=0)}"
+    fewest, most = min(seeds, default=0), max(seeds, default=0)
+    told = f"{fewest} to {most} seeds" if fewest < most else "one seed" if most == 1 else f"{most} seeds"
     origin = ", ".join(part for name in ("device", "dtype") for part in arena.origins(name))
-    return f"{origin}; means over {told} seeds, bands and bars: lowest to highest; dotted: chance, best shortcut"
+    return f"{origin}; means over {told}, bands and bars: lowest to highest; dotted: chance, best shortcut"
 
 
 def _grid(panels: int, columns: int, title: str, size: tuple[float, float] = (4.9, 3.5)) -> tuple[Figure, list[Axes]]:
