@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 from lshv2.precision import full_precision
 
 SCORES = 1 << 24  # products with directions alive at once: never T x n_buckets of them
-SLOTS = 64  # a query looks in one cell of a slot at most: with more cells than this, not quite the best ones
+MOST_CELLS = 64  # that one vector may be asked for
 MAX_SINGLE = 64  # above this many buckets a round, the product of two parts
 
 
@@ -120,23 +120,32 @@ def bucket_ids(x: Tensor, tables: list[Tensor]) -> Tensor:
     return result.to(torch.int32)
 
 
+def slots(n: int) -> int:
+    """Among how many slots the n best cells are sought: eight for each, and 64 at least.
+
+    Of a slot only the best cell counts, so the r-th best of all is missed with a chance of (r − 1) / slots.
+    """
+    return max(64, 8 << (n - 1).bit_length())
+
+
 @torch.no_grad()
 def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
     """The n cells of an inverted file that each vector points along most, the best first.
 
-    x [B,H,T,D], table [K,1,C,D] -> int32 [B,H,n,T] in [0, C), n <= min(C, SLOTS). Cell c is in slot c modulo SLOTS, and
-    only the best of a slot counts: exact up to SLOTS cells or for n = 1, and far cheaper beyond. Products with the
-    centroids (rounded to x's dtype) are summed in float32 (float64 stays float64); the cell's number takes the place of
-    a product's last bits, so that no two are equal and CPU and GPU rank alike.
+    x [B,H,T,D], table [K,1,C,D] -> int32 [B,H,n,T] in [0, C), n <= min(C, MOST_CELLS). Cell c is in slot c modulo
+    `slots(n)`, and only the best of a slot counts: exact for so many cells or n = 1, far cheaper beyond. Products with
+    the centroids (rounded to x's dtype) are summed in float32 (float64 stays float64); the cell's number takes the
+    place of a product's last bits, so that no two are equal and CPU and GPU rank alike.
     """
     n_kv, _, size, dim = table.shape
-    if not 1 <= n <= min(size, SLOTS):
-        raise ValueError(f"{n} cells of {size} are asked for: between 1 and {min(size, SLOTS)}")
+    if not 1 <= n <= min(size, MOST_CELLS):
+        raise ValueError(f"{n} cells of {size} are asked for: between 1 and {min(size, MOST_CELLS)}")
+    columns = slots(n)
     if x.is_cuda and has_triton():
         from lshv2.hashing_kernel import best_cells_triton, best_cells_whole, cells_supported
 
         if cells_supported(x):
-            return (best_cells_whole if torch.compiler.is_compiling() else best_cells_triton)(x, table, n, SLOTS)
+            return (best_cells_whole if torch.compiler.is_compiling() else best_cells_triton)(x, table, n, columns)
     batch, n_heads, length, _ = x.shape
     work = torch.promote_types(x.dtype, torch.float32)
     bits = torch.int64 if work == torch.float64 else torch.int32
@@ -147,8 +156,8 @@ def best_cells(x: Tensor, table: Tensor, n: int) -> Tensor:
         with full_precision(x):
             products = part.to(work) @ directions
         ranked = (products.view(bits) & ~mask | number).view(work)
-        if size > SLOTS:
-            ranked = pad(ranked, (0, -size % SLOTS), value=-torch.inf).unflatten(-1, (-1, SLOTS)).amax(-2)
+        if size > columns:
+            ranked = pad(ranked, (0, -size % columns), value=-torch.inf).unflatten(-1, (-1, columns)).amax(-2)
         winners = ranked.topk(n, dim=-1).values if n > 1 else ranked.amax(-1, keepdim=True)
         ids.append(winners.view(bits) & mask)
     return torch.cat(ids, dim=2).view(batch, n_heads, length, n).transpose(-1, -2).to(torch.int32).contiguous()

@@ -12,6 +12,7 @@ from lshv2.launch import cdiv, launch, power_of_two
 BLOCK = 64  # tokens a program
 SCORES = 64  # directions a product, of one round or several
 SHORT = 1 << 14  # tokens in all
+KEPT = 8192  # best products, of all slots and tokens, that a program keeps in registers
 
 
 @triton.jit
@@ -154,11 +155,13 @@ def best_cells_triton(x: Tensor, table: Tensor, n: int, slots: int) -> Tensor:
     ids = torch.empty(batch, n_heads, n, length, dtype=torch.int32, device=x.device)
     if batch * length > SHORT:  # rounded once instead of tile by tile; on short inputs a launch costs more
         table = table.to(x.dtype)
+    slots = max(16, min(slots, power_of_two(size)))
     block = 2 * BLOCK if dim * x.element_size() <= 128 else BLOCK  # wider vectors would not fit
+    block = max(16, min(block, KEPT // slots))
     launch(
         _best_cells, (cdiv(length, block), n_heads, batch), (x, table.contiguous(), ids),
         (*x.stride()[:3], length, n_heads, n_heads // table.shape[0]),
-        C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=block, SLOTS=max(16, min(slots, power_of_two(size))),
+        C=size, MASK=power_of_two(size) - 1, N=n, DIM=dim, BLOCK=block, SLOTS=slots,
         num_warps=4, num_stages=2,  # a tile of centroids is copied while another is multiplied
     )
     return ids

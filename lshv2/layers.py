@@ -14,7 +14,7 @@ from lshv2.attention import lsh_attention
 from lshv2.config import ModelConfig
 from lshv2.decoding import LayerCache
 from lshv2.hashing import (
-    SLOTS,
+    MOST_CELLS,
     best_cells,
     bucket_ids,
     cell_table,
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         """
         table, mean = self.tables[0], self.get_buffer("key_mean")
         centred = k.detach() - mean.to(k.dtype)
-        n = min(self.config.n_rounds, table.shape[2], SLOTS)
+        n = min(self.config.n_rounds, table.shape[2], MOST_CELLS)
         q_ids, k_ids = best_cells(q, table, n), best_cells(centred, table, 1)
         if self.training:
             self._note(centred, k_ids)

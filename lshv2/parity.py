@@ -6,8 +6,10 @@ A vector of `size` elements, k of them +1 or −1 by chance, the others 0; is th
 are harder. Interpolation trains and tests on k = 1 .. size; extrapolation trains on 1 .. size/2 and tests above.
 One GRU cell reads the whole vector in every step; after step n its state gives an answer and the halting logit, and
 `lshv2.ponder` weighs them, with the distribution and the divergence that train the language model. `--max-steps 1` is
-the control without pondering. Not as in the paper: the learning rate falls to zero over the second half, and `--reach`
-wires each unit to few elements. What was learned so far stands in CONTRIBUTING.
+the control without pondering. Not as in the paper: the learning rate falls to zero over the second half. Further from
+it, and off by default: `--reach` wires each unit to few elements; `--mastery` begins with one or two non-zero elements
+and adds more as they are learned (a curriculum, Bengio et al. 2009); `--skew` trains on vectors with mostly +1 or
+mostly −1 too. What was found stands in CONTRIBUTING.
 
 The report holds, for each k, the accuracy and steps of sampled halting as exact expectations under p (no draw: Σ p_n
 over the right answers), and those of the deterministic rule at `THRESHOLD`.
@@ -38,6 +40,8 @@ THRESHOLD = 0.5  # of the cumulative halting probability, as ModelConfig's
 CLIP = 1.0  # gradient norm
 CURVE_POINTS = 50
 TEST_VECTORS = 1000  # for each number of non-zero elements
+LOOK_EVERY, LOOKED_AT = 50, 256  # steps between looks at whether the hardest are learned; vectors of a look
+HARDEST = 3  # fewer than the most non-zero elements, at most, in every other batch
 SCHEMA = 1
 
 
@@ -84,12 +88,18 @@ class PonderGRU(nn.Module):
         return Answers(odd[:, None], halting_log_probs(halt[:, None]))
 
 
-def draw(count: int, low: int, high: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x [count,S] with low to high non-zero elements, and whether its number of +1 is odd, float [count]."""
+def draw(
+    count: int, low: int, high: int, size: int, generator: torch.Generator, skew: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """x [count,S] with low to high non-zero elements, and whether its number of +1 is odd, float [count].
+
+    skew: a vector's chance of +1 is drawn from 1/2 − skew/2 to 1/2 + skew/2; the paper's is 1/2.
+    """
     device = generator.device
     k = torch.randint(low, high + 1, (count, 1), generator=generator, device=device)
     order = torch.rand(count, size, generator=generator, device=device).argsort(-1)
-    sign = 2 * torch.randint(0, 2, (count, size), generator=generator, device=device) - 1
+    chance = 0.5 + skew * (torch.rand(count, 1, generator=generator, device=device) - 0.5)
+    sign = torch.where(torch.rand(count, size, generator=generator, device=device) < chance, 1, -1)
     x = torch.where(order < k, sign, 0)
     return x.float(), ((x == 1).sum(-1) % 2).float()
 
@@ -131,7 +141,9 @@ def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 class Experiment:
     """Which task, and how it is learned; learning_rate is Adam's in the first half of the steps.
 
-    reach: see `PonderGRU`; prior and beta: see `ponder_loss`.
+    reach: see `PonderGRU`; prior and beta: see `ponder_loss`. mastery: the accuracy at the most non-zero elements in
+    training from which on there may be more, from 2 on, one in eight at a time; every other batch is of the hardest
+    few until all are there; 0: all from the start. skew: see `draw`; tests have none.
     """
 
     task: str = "interpolation"
@@ -145,6 +157,8 @@ class Experiment:
     beta: float = 0.01
     batch_size: int = 128
     learning_rate: float = 3e-4
+    mastery: float = 0.0
+    skew: float = 0.0
 
     @property
     def trained(self) -> tuple[int, int]:
@@ -165,9 +179,12 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     every, since = max(1, what.steps // CURVE_POINTS), 0
     curve: list[dict[str, Any]] = []
+    lowest, highest = what.trained
+    most = min(2, highest) if what.mastery else highest
     total, began = torch.zeros((), device=device), time.perf_counter()
     for step in range(1, what.steps + 1):
-        x, odd = draw(what.batch_size, *what.trained, what.size, data)
+        least = max(lowest, most - HARDEST) if most < highest and step % 2 else lowest
+        x, odd = draw(what.batch_size, least, most, what.size, data, what.skew)
         loss = loss_of(model, x, odd, what.prior, what.beta)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -176,15 +193,20 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
             group["lr"] = what.learning_rate * min(1.0, 2 * (1 - (step - 1) / what.steps))
         optimizer.step()
         model.cut()
+        if most < highest and step % LOOK_EVERY == 0:
+            hardest, = measure(model, most, most, what.size, LOOKED_AT, data)
+            most = min(highest, most + max(1, most // 8)) if hardest["accuracy"] >= what.mastery else most
         total += loss.detach()
         since += 1
         if step % every == 0 or step == what.steps:
             seen, test = (mean_of(measure(model, *span, what.size, 64, data)) for span in (what.trained, what.tested))
-            curve.append({"step": step, "loss": total.item() / since, "trained": seen, "tested": test})
+            curve.append(
+                {"step": step, "most_nonzero": most, "loss": total.item() / since, "trained": seen, "tested": test}
+            )
             report(
-                f"step {step}, {time.perf_counter() - began:.0f} s: loss {curve[-1]['loss']:.4f}, accuracy as trained "
-                f"{seen['accuracy']:.3f} in {seen['steps']:.1f} steps, tested {test['accuracy']:.3f} in "
-                f"{test['steps']:.1f}"
+                f"step {step}, {time.perf_counter() - began:.0f} s, up to {most} elements: loss "
+                f"{curve[-1]['loss']:.4f}, accuracy as trained {seen['accuracy']:.3f} in {seen['steps']:.1f} steps, "
+                f"tested {test['accuracy']:.3f} in {test['steps']:.1f}"
             )
             total.zero_()
             since = 0

@@ -8,7 +8,6 @@ from attention_cases import DEVICE
 from torch.nn.functional import pad
 
 from lshv2.hashing import (
-    SLOTS,
     best_cells,
     bucket_ids,
     cell_table,
@@ -17,6 +16,7 @@ from lshv2.hashing import (
     cross_polytope_tables,
     has_triton,
     parts_for,
+    slots,
     update_codebooks,
 )
 
@@ -167,8 +167,9 @@ def by_hand(x: torch.Tensor, table: torch.Tensor, n: int) -> tuple[torch.Tensor,
     """Cells in falling order of exact products, and whether no two of the first n + 1 are near: [B,H,n,T], [B,H,T]."""
     centroids = table[:, 0].to(x.dtype).double().repeat_interleave(x.shape[1] // table.shape[0], dim=0)
     scores = torch.einsum("bhtd,hcd->bhtc", x.double(), centroids)
-    if scores.shape[-1] > SLOTS:  # only the best of cells c, c + SLOTS, c + 2 SLOTS, ... is looked into
-        at = pad(scores, (0, -scores.shape[-1] % SLOTS), value=-torch.inf).unflatten(-1, (-1, SLOTS))
+    columns = 64 if n <= 8 else 128
+    if scores.shape[-1] > columns:  # only the best of cells c, c + columns, c + 2 columns, ... is looked into
+        at = pad(scores, (0, -scores.shape[-1] % columns), value=-torch.inf).unflatten(-1, (-1, columns))
         loses = (at < at.amax(-2, keepdim=True)).flatten(-2)[..., : scores.shape[-1]]
         scores = scores.masked_fill(loses, -torch.inf)
     values, order = scores.sort(dim=-1, descending=True)
@@ -178,14 +179,14 @@ def by_hand(x: torch.Tensor, table: torch.Tensor, n: int) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("n_cells", "n"), [(1, 1), (2, 2), (100, 3), (1024, 1), (1024, 8)])
+@pytest.mark.parametrize(("n_cells", "n"), [(1, 1), (2, 2), (100, 3), (1024, 1), (1024, 8), (1024, 16)])
 def test_the_best_cells_come_first(n_cells: int, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     table, x = cell_table(2, n_cells, 16, generator()), torch.randn(2, 6, 200, 16, generator=generator(1)).to(dtype)
     want, clear = by_hand(x, table, n)
     got = best_cells(x, table, n)
     assert got.dtype == torch.int32 and got.shape == (2, 6, n, 200)
     seen = clear[:, :, None].expand(got.shape)
-    assert clear.float().mean() > 0.3 and torch.equal(got[seen], want[seen])
+    assert clear.float().mean() > (0.3 if n <= 8 else 0.03) and torch.equal(got[seen], want[seen])
     assert all(len(set(cells)) == n for cells in got.movedim(2, 3).reshape(-1, n).tolist()), "a cell twice"
     monkeypatch.setattr("lshv2.hashing.SCORES", 1000)
     assert (got != best_cells(x, table, n)).float().mean() < 1e-3, "in pieces"
@@ -194,7 +195,8 @@ def test_the_best_cells_come_first(n_cells: int, n: int, dtype: torch.dtype, mon
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("n_cells", "n", "groups", "dim"), [(1, 1, 1, 16), (40, 3, 2, 32), (256, 4, 3, 64), (100, 8, 1, 128)]
+    ("n_cells", "n", "groups", "dim"),
+    [(1, 1, 1, 16), (40, 3, 2, 32), (256, 4, 3, 64), (100, 8, 1, 128), (300, 16, 2, 16)],
 )
 def test_the_kernel_finds_the_same_cells(n_cells: int, n: int, groups: int, dim: int, dtype: torch.dtype) -> None:
     from lshv2.hashing_kernel import best_cells_triton, cells_supported
@@ -203,9 +205,9 @@ def test_the_kernel_finds_the_same_cells(n_cells: int, n: int, groups: int, dim:
     x = torch.randn(2, 130, 2 * groups, dim, generator=generator(1)).to(dtype).transpose(1, 2)
     want, (_, clear) = best_cells(x, table, n), by_hand(x, table, n)
     assert cells_supported(x.to(DEVICE))
-    got = best_cells_triton(x.to(DEVICE), table.to(DEVICE), n, SLOTS).cpu()
+    got = best_cells_triton(x.to(DEVICE), table.to(DEVICE), n, slots(n)).cpu()
     seen = clear[:, :, None].expand(got.shape)
-    assert clear.float().mean() > 0.3 and torch.equal(got[seen], want[seen])
+    assert clear.float().mean() > (0.3 if n <= 8 else 0.03) and torch.equal(got[seen], want[seen])
     assert got.min() >= 0 and got.max() < n_cells and (got != want).float().mean() < 0.02
 
 

@@ -77,6 +77,8 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
+# Numbers of probes that LSH is judged with, beside what it was trained with: what finding costs, and what it misses.
+ASKED_WITH = {"duplication": (1, 2, 8), **dict.fromkeys(("passkey", "kv_needle", "uuid_needle"), (32,))}
 
 # Laptop sizes: what `make quick` and the tests have time for.
 SMALL: dict[str, Any] = {

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena.recipes import ATTENTIONS, LENGTHS, Attention, Recipe, recipe
+from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, Attention, Recipe, recipe
 from lshv2.arena.registry import get_task, load_plugins
 from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
@@ -87,10 +87,9 @@ def plan(
 
 
 def _settings(task: str, attention: str) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-    """Duplication is asked with other numbers of probes than it was trained with (Kitaev et al. 2020, table 2)."""
-    if task != "duplication" or attention != "lsh":
-        return (("", ()),)
-    return (("", ()), *((f"rounds={r}", (("n_rounds", r),)) for r in (1, 2, 8)))
+    """LSH is asked with other numbers of probes too than it was trained with (Kitaev et al. 2020, table 2)."""
+    probes = ASKED_WITH.get(task, ()) if attention == "lsh" else ()
+    return (("", ()), *((f"rounds={r}", (("n_rounds", r),)) for r in probes))
 
 
 def key(row: Row) -> tuple[Any, ...]:
