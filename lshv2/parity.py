@@ -6,10 +6,10 @@ A vector of `size` elements, k of them +1 or −1 by chance, the others 0; is th
 are harder. Interpolation trains and tests on k = 1 .. size; extrapolation trains on 1 .. size/2 and tests above.
 One GRU cell reads the whole vector in every step; after step n its state gives an answer and the halting logit, and
 `lshv2.ponder` weighs them, with the distribution and the divergence that train the language model. `--max-steps 1` is
-the control without pondering. Not as in the paper: the learning rate falls to zero over the second half. Further from
+the control without pondering. Not as in the paper: the learning rate falls to zero over the last quarter. Further from
 it, and off by default: `--reach` wires each unit to few elements; `--mastery` begins with one or two non-zero elements
-and adds more as they are learned (a curriculum, Bengio et al. 2009); `--skew` trains on vectors with mostly +1 or
-mostly −1 too. What was found stands in CONTRIBUTING.
+and two steps, and gives more of both as they are learned (a curriculum, Bengio et al. 2009). What was found stands in
+CONTRIBUTING.
 
 The report holds, for each k, the accuracy and steps of sampled halting as exact expectations under p (no draw: Σ p_n
 over the right answers), and those of the deterministic rule at `THRESHOLD`.
@@ -81,32 +81,28 @@ class PonderGRU(nn.Module):
         """Zero what is not wired; after each optimizer step."""
         self.cell.get_parameter("weight_ih_l0").mul_(self.wired)
 
-    def forward(self, x: Tensor) -> Answers:
-        """x [B,S] of −1, 0 and 1."""
-        states, _ = self.cell(x.expand(self.max_steps, *x.shape).contiguous())
+    def forward(self, x: Tensor, steps: int | None = None) -> Answers:
+        """x [B,S] of −1, 0 and 1; steps: instead of `max_steps`."""
+        states, _ = self.cell(x.expand(steps or self.max_steps, *x.shape).contiguous())
         odd, halt = self.heads(states).unbind(-1)
         return Answers(odd[:, None], halting_log_probs(halt[:, None]))
 
 
-def draw(
-    count: int, low: int, high: int, size: int, generator: torch.Generator, skew: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """x [count,S] with low to high non-zero elements, and whether its number of +1 is odd, float [count].
-
-    skew: a vector's chance of +1 is drawn from 1/2 − skew/2 to 1/2 + skew/2; the paper's is 1/2.
-    """
+def draw(count: int, low: int, high: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x [count,S] with low to high non-zero elements, and whether its number of +1 is odd, float [count]."""
     device = generator.device
     k = torch.randint(low, high + 1, (count, 1), generator=generator, device=device)
     order = torch.rand(count, size, generator=generator, device=device).argsort(-1)
-    chance = 0.5 + skew * (torch.rand(count, 1, generator=generator, device=device) - 0.5)
-    sign = torch.where(torch.rand(count, size, generator=generator, device=device) < chance, 1, -1)
+    sign = 2 * torch.randint(0, 2, (count, size), generator=generator, device=device) - 1
     x = torch.where(order < k, sign, 0)
     return x.float(), ((x == 1).sum(-1) % 2).float()
 
 
-def loss_of(model: PonderGRU, x: Tensor, odd: Tensor, prior: float, beta: float) -> Tensor:
+def loss_of(
+    model: PonderGRU, x: Tensor, odd: Tensor, prior: float, beta: float, steps: int | None = None
+) -> Tensor:
     """`ponder_loss` of binary cross entropies."""
-    answers = model(x)
+    answers = model(x, steps)
     nats = binary_cross_entropy_with_logits(answers.odd, odd.expand(answers.odd.shape), reduction="none")
     scored = torch.ones(1, len(x), dtype=torch.bool, device=x.device)
     return ponder_loss(nats, answers.log_p, scored, prior=prior, beta=beta)
@@ -114,13 +110,13 @@ def loss_of(model: PonderGRU, x: Tensor, odd: Tensor, prior: float, beta: float)
 
 @torch.no_grad()
 def measure(
-    model: PonderGRU, low: int, high: int, size: int, count: int, generator: torch.Generator
+    model: PonderGRU, low: int, high: int, size: int, count: int, generator: torch.Generator, steps: int | None = None
 ) -> list[dict[str, Any]]:
     """For each number of non-zero elements: `nonzero accuracy steps` of sampled halting, and `threshold_...`."""
     rows = []
     for k in range(low, high + 1):
         x, odd = draw(count, k, k, size, generator)
-        answers = model(x)
+        answers = model(x, steps)
         right = ((answers.odd > 0) == (odd > 0)).float()  # [N,1,B]
         p = answers.log_p.exp()
         first = (p.cumsum(0) >= THRESHOLD).float().argmax(0, keepdim=True)
@@ -139,11 +135,11 @@ def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which task, and how it is learned; learning_rate is Adam's in the first half of the steps.
+    """Which task, and how it is learned; learning_rate is Adam's in the first three quarters.
 
     reach: see `PonderGRU`; prior and beta: see `ponder_loss`. mastery: the accuracy at the most non-zero elements in
     training from which on there may be more, from 2 on, one in eight at a time; every other batch is of the hardest
-    few until all are there; 0: all from the start. skew: see `draw`; tests have none.
+    few until all are there. 0: all from the start.
     """
 
     task: str = "interpolation"
@@ -158,7 +154,14 @@ class Experiment:
     batch_size: int = 128
     learning_rate: float = 3e-4
     mastery: float = 0.0
-    skew: float = 0.0
+
+    def steps_for(self, most: int) -> int:
+        """Ponder steps in training with so many non-zero elements: with mastery their share of the vector's.
+
+        Were there more than the easy ones need, they would be used: steps cost little at the paper's β.
+        """
+        share = math.ceil(self.max_steps * most / self.size) if self.mastery else self.max_steps
+        return min(self.max_steps, max(2, share))
 
     @property
     def trained(self) -> tuple[int, int]:
@@ -184,17 +187,17 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
     total, began = torch.zeros((), device=device), time.perf_counter()
     for step in range(1, what.steps + 1):
         least = max(lowest, most - HARDEST) if most < highest and step % 2 else lowest
-        x, odd = draw(what.batch_size, least, most, what.size, data, what.skew)
-        loss = loss_of(model, x, odd, what.prior, what.beta)
+        x, odd = draw(what.batch_size, least, most, what.size, data)
+        loss = loss_of(model, x, odd, what.prior, what.beta, what.steps_for(most))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for group in optimizer.param_groups:  # constant, then from the middle on linearly to zero
-            group["lr"] = what.learning_rate * min(1.0, 2 * (1 - (step - 1) / what.steps))
+        for group in optimizer.param_groups:  # constant, then linearly to zero
+            group["lr"] = what.learning_rate * min(1.0, 4 * (1 - (step - 1) / what.steps))
         optimizer.step()
         model.cut()
         if most < highest and step % LOOK_EVERY == 0:
-            hardest, = measure(model, most, most, what.size, LOOKED_AT, data)
+            hardest, = measure(model, most, most, what.size, LOOKED_AT, data, what.steps_for(most))
             most = min(highest, most + max(1, most // 8)) if hardest["accuracy"] >= what.mastery else most
         total += loss.detach()
         since += 1
