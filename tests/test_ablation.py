@@ -14,11 +14,13 @@ from torch import Tensor
 from lshv2.ablation.heads import CentredAttention, TwoWayAttention, attentions, build_model
 from lshv2.ablation.job import run_job
 from lshv2.ablation.lookup import found, measure_layers, visible_rows
-from lshv2.ablation.material import prepare
+from lshv2.ablation.material import prepare, tails
+from lshv2.ablation.summary import statements
 from lshv2.ablation.variants import VARIANTS, Job, Variant
 from lshv2.attention import visible_set
 from lshv2.config import Settings
 from lshv2.layers import rotary_angles, rotate
+from lshv2.losses import IGNORE
 from lshv2.runs import repo_root
 
 TINY = {
@@ -52,6 +54,20 @@ def test_every_variant_trains(name: str, data: Path) -> None:
     dense_mask = VARIANTS[name].special == "two_way"
     assert (row["backend"] == "emulated") == dense_mask
     json.dumps(row, allow_nan=False)
+
+
+def test_a_longer_context_is_held_against_the_same_positions_without_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lshv2.ablation.job.CUT", 64)
+    row = run_job(job("dense_half", "language-288"), data)
+    assert row["tail_bits_per_byte"] != row["tail_bits_per_byte_cut"]
+    ids = torch.arange(20).view(2, 10)
+    (seen, labels), = tails([(ids, ids)], 6, 3)
+    assert seen.tolist() == ids[:, 4:].tolist() and (labels[:, :3] == IGNORE).all()
+    assert labels[:, 3:].tolist() == ids[:, 7:].tolist() and (ids >= 0).all(), "the caller's labels were changed"
+    rows = [{**row, "tail_bits_per_byte": 0.9, "tail_bits_per_byte_cut": 1.0, "layers": []}]
+    assert "`dense_half` 10.00 % fewer bits on the last 2,048" in "\n".join(statements(rows, "language-288"))
 
 
 def test_a_study_row_repeats_and_seeds_differ(data: Path) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from lshv2.ablation.depth import NEVER, depth_figures
 from lshv2.ablation.heads import TwoWayAttention, attentions, build_model
 from lshv2.ablation.lookup import measure_layers
-from lshv2.ablation.material import Material, in_order, load
-from lshv2.ablation.variants import VARIANTS, Job
+from lshv2.ablation.material import Material, in_order, load, tails
+from lshv2.ablation.variants import CUT, VARIANTS, Job
 from lshv2.attention import choose_backend
 from lshv2.batches import Task
 from lshv2.evaluation import evaluate
@@ -106,11 +106,16 @@ def _between(first: Any, second: Any) -> float:
 
 
 def _language(trainer: Trainer, material: Material) -> dict[str, float]:
-    """Bits per byte of held-out text, over all positions and over the second half of each window."""
-    length = trainer.settings.seq_length
+    """Bits per byte of held-out text, over all positions and over the second half of each window; of windows longer
+    than `CUT` also over the last CUT / 2 positions (`tail_…`), and over the same with CUT tokens in view (`…_cut`)."""
+    length, data = trainer.settings.seq_length, material.evaluations["1x"]
+    size = max(1, EVAL_TOKENS // length)
+    asked = {"bits_per_byte": in_order(data, size), "late_bits_per_byte": in_order(data, size, length // 2)}
+    if length > CUT:
+        asked["tail_bits_per_byte"] = tails(in_order(data, size), length, CUT // 2)
+        asked["tail_bits_per_byte_cut"] = tails(in_order(data, size), CUT, CUT // 2)
     row = {}
-    for name, hidden in (("bits_per_byte", 0), ("late_bits_per_byte", length // 2)):
-        batches = in_order(material.evaluations["1x"], max(1, EVAL_TOKENS // length), hidden)
+    for name, batches in asked.items():
         result = evaluate(trainer.model, batches, trainer.autocast, material.token_bytes)
         assert result.bits_per_byte is not None
         row[name] = result.bits_per_byte

@@ -9,7 +9,7 @@ weights and order, never in the held-out documents. Recall's evaluation sequence
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +76,14 @@ def in_order(data: Sequences, size: int, hidden: int = 0) -> Iterator[Batch]:
             labels = labels.clone()
             labels[:, :hidden] = IGNORE
         yield input_ids, labels
+
+
+def tails(batches: Iterable[Batch], context: int, scored: int) -> Iterator[Batch]:
+    """The last `scored` positions of each sequence, seen after no more than its last `context` tokens."""
+    for input_ids, labels in batches:
+        labels = labels[:, -context:].clone()
+        labels[:, :-scored] = IGNORE
+        yield input_ids[:, -context:], labels
 
 
 @dataclass(frozen=True)

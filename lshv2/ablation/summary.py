@@ -11,13 +11,16 @@ from statistics import mean, stdev
 from typing import Any
 
 from lshv2.ablation import depth_summary
-from lshv2.ablation.variants import VARIANTS
+from lshv2.ablation.variants import CUT, VARIANTS
 from lshv2.scaling import student_t_quantile
 
 Rows = list[dict[str, Any]]
 Summary = dict[str, dict[str, float]]
 
-LANGUAGE = {"bits_per_byte": "all positions", "late_bits_per_byte": "late positions"}
+LANGUAGE = {
+    "bits_per_byte": "all positions", "late_bits_per_byte": "late positions",
+    "tail_bits_per_byte": f"last {CUT // 2:,}", "tail_bits_per_byte_cut": f"last {CUT // 2:,}, {CUT:,} in view",
+}
 RECALL = {
     "accuracy_1x": "1×", "accuracy_2x": "2×", "accuracy_4x": "4×", "accuracy_8x": "8×",
     "far_accuracy_8x": "8×, asked past the training length",
@@ -143,7 +146,17 @@ def statements(rows: Rows, task: str) -> list[str]:
     sparse = [name for name in summary if VARIANTS[name].attention == "lsh"]
     if dense and sparse:
         said.append(compare(rows, task, sparse[0], dense))
-    return said + [compare(rows, task, a, b) for a, b in PAIRS if a in summary and b in summary]
+    said += [compare(rows, task, a, b) for a, b in PAIRS if a in summary and b in summary]
+    return said + [_gained(rows, task, name) for name in summary if "tail_bits_per_byte_cut" in summary[name]]
+
+
+def _gained(rows: Rows, task: str, name: str) -> str:
+    """What the context beyond CUT tokens is worth to a variant: the same positions, seen with it and without."""
+    of = [row for row in rows if (row["task"], row["variant"]) == (task, name) and "tail_bits_per_byte_cut" in row]
+    gains = [100 * (1 - row["tail_bits_per_byte"] / row["tail_bits_per_byte_cut"]) for row in of]
+    few = "" if len(gains) >= 3 else ", fewer than three seeds: a lead"
+    return (f"Context beyond {CUT:,} tokens: `{name}` {mean(gains):.2f} % fewer bits on the last {CUT // 2:,} "
+            f"positions ({min(gains):.2f} to {max(gains):.2f} %, {len(gains)} seeds{few}).")
 
 
 def _bar(rows: Rows, summary: Summary, task: str) -> list[str]:

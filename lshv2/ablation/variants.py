@@ -23,6 +23,7 @@ from lshv2.presets import make_settings
 
 TOKENS_A_STEP = 32_768
 RECALL_LENGTHS = (1, 2, 4, 8)  # times the training length
+CUT = 4096  # tokens: what a longer context gains is measured against so many
 BYTE_VOCABULARY = 257  # all bytes and the end of a document
 
 Special = Literal["", "no_shift", "centred", "two_way", "budget"]
