@@ -4,7 +4,8 @@ Up to 16,384 tokens the GPU is done before the host has launched everything. A c
 recorded; from then on its inputs are copied to where the recording reads, the recording is replayed, and its results
 are copied out. The same kernels run on the same values: the bits are the same.
 
-What is recorded keeps its memory, of at most KEPT shapes: `forget()` frees it. Nothing is recorded under a profiler, in
+What is recorded keeps its memory, of at most KEPT shapes, until `forget()` frees it: counted, 0.36 GB for 16,384 tokens
+of 12 query and 4 key heads of 64 in bfloat16, forward and backward, R = 4. Nothing is recorded under a profiler, in
 a capture of the caller's own, or for packed documents, and torch.compile's operators never are.
 """
 
