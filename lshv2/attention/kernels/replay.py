@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lshv2.attention.kernels.copies import copy_all
 from lshv2.launch import current_stream
 from lshv2.profiling import is_profiling
 
@@ -43,7 +44,7 @@ class _Recording:
         pool = next((x.graph.pool() for x in _known.values() if isinstance(x, _Recording) and x.place == place), None)
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty_like(x) for x in tensors]
-            _copy(self.inputs, tensors)
+            copy_all(self.inputs, tensors)
             function(self.inputs, *rest)  # compiles what other strides and addresses ask for
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -56,22 +57,11 @@ class _Recording:
                     self.graph.capture_end()
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        _copy(self.inputs, tensors)
+        copy_all(self.inputs, tensors)
         self.graph.replay()
         fresh = tuple(torch.empty_like(x) for x in self.outputs)
-        _copy(fresh, self.outputs)
+        copy_all(fresh, self.outputs)
         return fresh
-
-
-def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """All of one dtype in one launch: a mixed list is copied one by one."""
-    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in zip(into, tensors, strict=True):
-        targets, sources = groups.setdefault(source.dtype, ([], []))
-        targets.append(target)
-        sources.append(source)
-    for targets, sources in groups.values():
-        torch._foreach_copy_(targets, sources)
 
 
 def replayed(function: Function, tensors: Sequence[Tensor], packing: Any, *sizes: int) -> tuple[Tensor, ...]:
