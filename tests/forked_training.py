@@ -66,6 +66,8 @@ for line in sys.stdin:
         said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         torch.use_deterministic_algorithms(torch.cuda.is_available())
+        if torch.cuda.is_available() and not os.path.exists(os.path.join(os.path.dirname(config), "checkpoints")):
+            torch.cuda.manual_seed(1)  # torch draws this seed from the machine; a resumed run has to restore it
         if place:
             at(*PLACES[place], n)
         sys.exit(train.main(["--config", config]))

@@ -144,6 +144,7 @@ sys.exit(Pipeline(Path(sys.argv[1]), preset="test", overrides=settings, chosen=(
 
 
 def test_a_signal_to_the_runner_ends_in_a_checkpoint_and_no_marker(tmp_path: Path) -> None:
+    pytest.importorskip("papermill")  # not on every machine with a GPU
     longer = {**SETTINGS, "train.num_epochs": 200, "train.checkpoint_every": 10_000, "train.eval_every": 10_000,
               "train.keep_every": None}
     run = Run(tmp_path / "run", make_settings("test", longer))
