@@ -16,12 +16,13 @@ from lshv2.ablation.job import run_job
 from lshv2.ablation.lookup import found, measure_layers, visible_rows
 from lshv2.ablation.material import prepare, tails
 from lshv2.ablation.summary import statements
-from lshv2.ablation.variants import VARIANTS, Job, Variant
+from lshv2.ablation.variants import SHORT, VARIANTS, Job, Variant
 from lshv2.attention import visible_set
 from lshv2.config import Settings
 from lshv2.layers import rotary_angles, rotate
 from lshv2.losses import IGNORE
 from lshv2.runs import repo_root
+from lshv2.trainer import Trainer
 
 TINY = {
     "data.source": str(repo_root() / "lshv2" / "attention"), "model.d_model": 32, "model.d_ff": 32,
@@ -42,7 +43,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains(name: str, data: Path) -> None:
-    task = {"recall": "recall-32", "depth": "depth-288"}.get(VARIANTS[name].only, "language-288")
+    short = {"recall": "recall-32", "depth": "depth-288", "language-16384": f"language-{SHORT}"}
+    task = short.get(VARIANTS[name].only, "language-288")
     row = run_job(job(name, task), data)
     assert row["steps"] == 2 and len(row["loss_train"]) == 2 and row["settings"] == job(name, task).overrides()
     if task != "recall-32":
@@ -68,6 +70,27 @@ def test_a_longer_context_is_held_against_the_same_positions_without_it(
     assert labels[:, 3:].tolist() == ids[:, 7:].tolist() and (ids >= 0).all(), "the caller's labels were changed"
     rows = [{**row, "tail_bits_per_byte": 0.9, "tail_bits_per_byte_cut": 1.0, "layers": []}]
     assert "`dense_half` 10.00 % fewer bits on the last 2,048" in "\n".join(statements(rows, "language-288"))
+
+
+def test_short_windows_first_are_the_same_tokens(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(variant: str) -> list[Tensor]:
+        steps: list[Tensor] = []
+        real = Trainer._train_step
+
+        def watched(self: Trainer, input_ids: Tensor, labels: Tensor) -> Any:
+            steps.append(input_ids)
+            return real(self, input_ids, labels)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_train_step", watched)
+            run_job(job(variant, f"language-{2 * SHORT}", steps=3, **{"train.num_eval_sequences": 1}), data)
+        return steps
+
+    long, short = seen("dense_half"), seen("dense_half_short_first")
+    assert [x.shape for x in long] == 3 * [(2, 2 * SHORT)]
+    assert [x.shape for x in short] == [(4, SHORT), (4, SHORT), (2, 2 * SHORT)]
+    for a, b in zip(long, short, strict=True):
+        assert torch.equal(a.flatten(), b.flatten())
 
 
 def test_a_study_row_repeats_and_seeds_differ(data: Path) -> None:

@@ -52,7 +52,7 @@ def run_job(job: Job, data: Path, alone: bool = True) -> dict[str, Any]:
     if (backend, device.type) == ("torch", "cuda"):
         raise RuntimeError(f"{job.task}: plain-torch tiles take seconds a step on a GPU; this study needs the kernels")
     loaded = time.perf_counter()
-    losses, step_ms = _train(trainer, material, device)
+    losses, step_ms = _train(trainer, material, device, VARIANTS[job.variant].first)
     trained = time.perf_counter()
     if depth:
         model.config = model.config.model_copy(update={"ponder_threshold": NEVER})
@@ -74,14 +74,20 @@ def run_job(job: Job, data: Path, alone: bool = True) -> dict[str, Any]:
     return row
 
 
-def _train(trainer: Trainer, material: Material, device: torch.device) -> tuple[list[float], float | None]:
-    """Every step of one epoch; (20 means of the training loss, median milliseconds a step)."""
+def _train(
+    trainer: Trainer, material: Material, device: torch.device, first: int
+) -> tuple[list[float], float | None]:
+    """Every step of one epoch, the first half in windows of `first` tokens unless that is 0; (20 means of the training
+    loss, median milliseconds a step)."""
     order = torch.from_numpy(material.order).to(device)
     trainer.model.train()
     losses: list[Tensor] = []
     marks: list[Any] = []
     for rows in order.split(trainer.task.batch_size)[: trainer.total_steps]:
-        loss, _, _ = trainer._train_step(*material.train.batch(rows))
+        input_ids, labels = material.train.batch(rows)
+        if first and 2 * trainer.step < trainer.total_steps:
+            input_ids, labels = input_ids.view(-1, first), labels.view(-1, first)
+        loss, _, _ = trainer._train_step(input_ids, labels)
         losses.append(loss)
         marks.append(_mark(device))
         if trainer.step % CHECK_EVERY == 0 or trainer.step == trainer.total_steps:

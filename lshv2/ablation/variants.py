@@ -23,6 +23,7 @@ from lshv2.presets import make_settings
 
 TOKENS_A_STEP = 32_768
 RECALL_LENGTHS = (1, 2, 4, 8)  # times the training length
+SHORT = 2048  # tokens of the windows that come first where long ones are hard to start with
 CUT = 4096  # tokens: what a longer context gains is measured against so many
 BYTE_VOCABULARY = 257  # all bytes and the end of a document
 
@@ -35,6 +36,7 @@ class Variant:
 
     far: rotary fraction outside the window, of `two_way` (inside it is the settings').
     finer: buckets in multiples of T / W, the settings' own choice.
+    first: the first half of the steps reads the same tokens in windows of so many; 0: in the task's, like the rest.
     only: the tasks that this variant is meant for, by the start of their name; empty: all.
     """
 
@@ -42,6 +44,7 @@ class Variant:
     special: Special = ""
     far: float = 0.5
     finer: int = 1
+    first: int = 0
     only: str = ""
 
     @property
@@ -125,6 +128,12 @@ VARIANTS: dict[str, Variant] = {
     "dense_mix_full_conv": Variant(
         {"model.attention": "dense", **MIXED, **CONVOLVED, "model.rotary_fraction": 1.0}, only="language"
     ),
+    # a dense layer learns late where windows are long and few a step: each choice with short ones first
+    "dense_half_short_first": _dense(0.5, first=SHORT, only="language-16384"),
+    "dense_mix_full_short_first": _dense(1.0, 0.5, first=SHORT, only="language-16384"),
+    "inverted_file_r8_mix_full_short_first": Variant(
+        {**INVERTED_FILE, **FINE, **MIXED, "model.rotary_fraction": 1.0}, first=SHORT, only="language-16384"
+    ),
     "dense_two_way_half": _dense(1.0, special="two_way", far=0.5),
     "dense_no_shift": _dense(0.5, special="no_shift"),
     **{
@@ -156,6 +165,9 @@ TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                     "cross_polytope_few_buckets", "dense_mix_full", "dense_mix_half", "dense_no_shift")),
     ("language-2048", ("codebooks_two_way_half", "codebooks_two_way_content", "dense_two_way_half")),
     ("language-2048", ("codebooks_content", "inverted_file_content", "codebooks_mix_half", "dense_content")),
+    ("language-16384", ("inverted_file_r8_mix_full", "dense_half", "dense_half_short_first",
+                        "dense_mix_full_short_first", "inverted_file_mix_full",
+                        "inverted_file_r8_mix_full_short_first", "dense_mix_full")),
     *(("depth-2048", names) for names in depth_variants.TIERS),
 )
 TASKS = tuple(dict.fromkeys(task for task, _ in TIERS))
