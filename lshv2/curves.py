@@ -65,6 +65,7 @@ class Training:
     order2_bits_per_byte: float
     seconds: float
     chance: float
+    environment: dict[str, Any]  # empty in files older than it
     language_model: Curves
     recall: Curves
 
@@ -86,7 +87,8 @@ def read_training(run: Path) -> tuple[Training | None, Problems]:
         FILES[0] if from_lines else FILES[1],
         text(summary.get("state"), 40), text(summary.get("device"), 120), number(summary.get("parameters")),
         number(summary.get("tokens_per_sec_median")), number(summary.get("order2_bits_per_byte")),
-        number(summary.get("seconds")), number(recall.get("chance")), *curves,
+        number(summary.get("seconds")), number(recall.get("chance")),
+        mapping(summary, "environment"), *curves,
     )
     return training, (*problems, *more)
 

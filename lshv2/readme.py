@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lshv2.ablation.summary import ranking, table
@@ -19,15 +20,17 @@ from lshv2.arena_results import NEEDLES, PICTURE, find_arenas, read_arena
 from lshv2.arena_targets import arena_targets
 from lshv2.arena_views import score_table
 from lshv2.benchmark_results import ATTENTIONS, Benchmark, Fit, Row, read_benchmark
+from lshv2.curves import read_training
 from lshv2.errors import UserError
 from lshv2.operator_results import NAMES, Target, find_operator_results, read_operator, shown, verdict
-from lshv2.readers import read_manifest
+from lshv2.readers import read_manifest, read_settings
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
 from lshv2.tolerant import mapping, number, objects, read_object, text
 from lshv2.training_views import parallel_table, step_table
 
 SHOWN = 6  # variants of a task
+EVALUATIONS = 5  # of a training, at most
 BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
 NONE_YET = "No reference run committed yet."
 COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
@@ -44,6 +47,7 @@ def results(runs: Path) -> str:
     parts += [part for folder in operators if (part := _operator(folder, folder.relative_to(runs).as_posix()))]
     trainings = sorted(path.parent for path in runs.glob("reference-*/*/training.json"))
     parts += [_training(folder, folder.relative_to(runs).as_posix()) for folder in trainings]
+    parts += _trained(entries)
     parts += [part for entry in entries if (part := _part(entry))]
     parts += [_ablation(folder, folder.relative_to(runs).as_posix()) for folder in ablations]
     return "\n\n".join(parts) or NONE_YET
@@ -106,6 +110,28 @@ def _training(folder: Path, key: str) -> str:
             f"{text(content.get('device'))}, {_made_by(mapping(content, 'environment'), rows)}")
     parallels = [_parallel(path, key) for path in sorted(folder.glob("parallel*.json"))]
     return "\n\n".join([head, _ruled(step_table(rows), (0, 2, 8)), *parallels])
+
+
+def _trained(entries: Sequence[Entry]) -> list[str]:
+    """Runs that were trained: a line each."""
+    cells = [["run", "attention", "tokens a sequence", "steps", "tokens/s, median",
+              "held-out bits per byte (after steps)", "device, commit"]]
+    for entry in entries:
+        training, settings = read_training(entry.path)[0], read_settings(entry.path)[0]
+        if training is None or training.language_model.empty:
+            continue
+        curves, manifest = training.language_model, read_manifest(entry.path)[0]
+        commit = text((training.environment or (manifest.environment if manifest else {})).get("commit"))
+        bits = [(n, b) for n, b in zip(curves.eval["eval_step"], curves.eval["bits_per_byte"], strict=True) if b == b]
+        shown = sorted({bits[i * (len(bits) - 1) // (EVALUATIONS - 1)] for i in range(EVALUATIONS)} if bits else [])
+        cells.append([
+            f"[{entry.key}](runs/{entry.key})", settings.get("model.attention", ""),
+            f"{int(settings.get('train.seq_length', '0')):,}", f"{curves.last('step'):,.0f}",
+            f"{median(curves.train['tokens_per_sec']):,.0f}", ", ".join(f"{b:.3f} ({n:.0f})" for n, b in shown),
+            ", ".join(filter(None, (training.device, commit[:7]))),
+        ])
+    head = "Language models trained, as far as they went:"
+    return ["\n\n".join([head, _ruled(cells, (0, 1, 5, 6))])] if cells[1:] else []
 
 
 def _parallel(path: Path, key: str) -> str:

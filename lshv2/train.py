@@ -39,6 +39,7 @@ from lshv2.data import (
 from lshv2.data.packing import read_stream
 from lshv2.data.tokenizer import decode
 from lshv2.errors import UserError
+from lshv2.machine import environment
 from lshv2.metrics import write_training_metrics
 from lshv2.model import LSHModel
 from lshv2.parallel.launch import run_torchrun, tell_outcome, told_to, under_torchrun
@@ -103,7 +104,10 @@ def train_together(run: Run, ranks: Ranks) -> dict[str, Any]:
     scalars = {
         "device": _device_name(ranks.device), "parameters": language.parameters, "processes": ranks.world,
         "threads": torch.get_num_threads(), "order2_bits_per_byte": data["order2_bits_per_byte"],
+        "environment": environment(),
     }
+    if ranks.first and not run.file("training_metrics.json").is_file():
+        write_training_metrics(run, "running", scalars, {})  # a run that is stopped says on what it ran
     _enable_trackers(language)
     language.fit()
     scalars["seconds"] = language.seconds

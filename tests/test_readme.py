@@ -73,6 +73,24 @@ def test_training_steps_are_shown_with_what_did_not_fit(tmp_path: Path) -> None:
     ]
 
 
+def test_trained_runs_are_a_line_each(tmp_path: Path) -> None:
+    run = tmp_path / "reference-x" / "full"
+    settings = {"model": {"attention": "dense"}, "train": {"seq_length": 131_072}}
+    write_json(run / "config.json", {"schema": 1, "run": "full", "settings": settings})
+    assert readme.results(tmp_path) == readme.NONE_YET
+    steps = list(range(0, 80, 10))
+    train = {name: [1.0, 2.0, 3.0] for name in ("loss_train", "learning_rate", "ponder_steps", "grad_norm", "tokens")}
+    write_json(run / "training_metrics.json", {
+        "schema": 1, "state": "running", "device": "a GPU", "environment": {"commit": "0123456789"}, "step": [2, 4, 79],
+        **train, "tokens_per_sec": [10.0, 22_668.4, 30_000.0], "eval_step": steps, "loss_eval": [1.0] * 8,
+        "accuracy": [0.5] * 8, "bits_per_byte": [4.0 - n / 40 for n in steps],
+    })
+    assert readme.results(tmp_path).splitlines()[-1] == (
+        "| [reference-x/full](runs/reference-x/full) | dense | 131,072 | 79 | 22,668 | "
+        "4.000 (0), 3.750 (10), 3.250 (30), 2.750 (50), 2.250 (70) | a GPU, 0123456 |"
+    )
+
+
 def test_several_gpus_stand_below_the_one(tmp_path: Path) -> None:
     row = {"mode": "sequence", "attention": "lsh", "ponder": False, "compile": True, "gradient_checkpoint": "block",
            "seq_len": 131_072, "batch_size": 1, "processes": 2, "step_ms": 626.9, "tokens_per_sec": 209_088.4,

@@ -103,6 +103,8 @@ def test_killed_and_stopped_anywhere_it_ends_bit_for_bit_the_same(forks: Forks, 
     for place, n, expected in CHAIN:
         status, said = forks.train(run, place, n)
         assert status == expected, f"{place}: {said}"
+        known = json.loads(run.file("training_metrics.json").read_text())
+        assert known["state"] == ("running" if status else "done") and known["environment"] and known["parameters"]
         if status == STOPPED:
             line = re.findall(r"^language_model: stopped at step (\d+) on SIGTERM: run the same command again$", said,
                               re.M)

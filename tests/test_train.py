@@ -46,6 +46,7 @@ def _environment() -> dict[str, str]:
 def test_it_learns_and_measures(finished: Run) -> None:
     metrics = json.loads(finished.file("training_metrics.json").read_text())
     assert metrics["state"] == "done" and metrics["step"][-1] == 120
+    assert metrics["environment"]["torch"] == torch.__version__
     assert metrics["bits_per_byte"][-1] < 0.85 * metrics["bits_per_byte"][0], metrics["bits_per_byte"]
     rows = {len(metrics[c]) for c in TRAIN_COLUMNS}
     assert len(rows) == 1 and metrics["eval_step"] == [0, 40, 80, 120]
