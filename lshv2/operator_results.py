@@ -23,7 +23,7 @@ NAMES = {  # contenders by name, in the order of tables, with the words for them
     "lsh_inverted_file_clustered": "inverted file, clustered data", "sdpa_cudnn": "dense, cuDNN",
     "sdpa_flash": "dense, flash",
     "sdpa_efficient": "dense, memory-efficient", "sdpa": "dense, SDPA", "flex_window": "window + sinks, FlexAttention",
-    "peer": "published sparse peer",
+    "peer": "Reformer, reformer-pytorch",
 }
 
 

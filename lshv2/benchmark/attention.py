@@ -8,7 +8,8 @@ buckets. LSH is the whole operator from q, k, v: hashing by random codebooks, or
 (one table instead of R, R probes), sorting, attention, and its backward.
 Rows, the most telling lengths first:
   eager      every length at batch 1, and 131,072 tokens as a batch of shorter ones: LSH on uniform and clustered data
-             and every opponent in turn, sample by sample; LSH's time by part, peak memory on a GPU
+             and every opponent in turn, sample by sample; LSH's time by part, peak memory on a GPU. Reformer's LSH
+             attention takes part where `pip install reformer-pytorch` was run
   given ids  LSH alone on bucket ids made to hurt, without hashing, beside uniform ones
   graph      on CUDA up to 16,384 tokens: forward + backward replayed as a CUDA graph, without launch gaps
 Nothing is timed that cannot end: a dense opponent whose predicted time (quadratic from its longest shorter row, at

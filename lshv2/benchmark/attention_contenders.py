@@ -1,4 +1,5 @@
-"""Who is timed: the LSH operator whole, torch's dense attention by backend, and FlexAttention on window and sinks.
+"""Who is timed: the LSH operator whole, torch's dense attention by backend, FlexAttention on window and sinks, and a
+published LSH attention where it is installed.
 
 Dense opponents get every advantage: the backend is chosen outside the timed region (`sdpa_kernel` toggles flags), and
 where expanding keys and values to all query heads beforehand is faster than `enable_gqa`, or is the only way, they are
@@ -31,7 +32,6 @@ DENSE = {  # by name: torch's backend, and where it can run
     "sdpa_efficient": (SDPBackend.EFFICIENT_ATTENTION, "cuda"),
     "sdpa": (None, "cpu"),  # torch's choice
 }
-PEERS = ("flash_moba", "fla", "hyper_attn", "native_sparse_attention")  # published sparse attentions, by module
 FLEX_BLOCK = 128
 
 
@@ -134,12 +134,27 @@ def window_mask(length: int, device: torch.device) -> Any:
     )
 
 
-def peer() -> Contender:
-    """A published sparse attention, where one is installed."""
-    found = [name for name in PEERS if find_spec(name)]
-    if not found:
-        raise Unusable(f"not installed: none of {', '.join(PEERS)}")
-    raise Unusable(f"{', '.join(found)} is installed, but nothing here calls it")
+def peer(inputs: Inputs) -> Contender:
+    """Reformer's LSH attention (Kitaev, Kaiser & Levskaya 2020) as published in reformer-pytorch, where installed.
+
+    With its own defaults but the rounds and the mask: buckets of 64 and the one before, 4 · 128 keys a query. Queries
+    are its keys too, and it knows no grouped heads: values are expanded outside the timing.
+    """
+    if find_spec("reformer_pytorch") is None:
+        raise Unusable("not installed: pip install reformer-pytorch")
+    from reformer_pytorch.reformer_pytorch import LSHAttention
+
+    attention = LSHAttention(n_hashes=N_ROUNDS, causal=True).to(inputs.q.device)
+    size = attention.bucket_size
+    if inputs.q.shape[2] % (2 * size):
+        raise Unusable(f"takes multiples of {2 * size} tokens only")
+    shape = inputs.q.shape
+    qk = inputs.q.detach().flatten(0, 1).requires_grad_()
+    v = inputs.v.detach().repeat_interleave(shape[1] // inputs.v.shape[1], dim=1).flatten(0, 1).requires_grad_()
+    return Contender(
+        "peer", lambda: attention(qk, v)[0].view(shape), (qk, v), inputs.grad,
+        note=f"queries are the keys; {N_ROUNDS} rounds of buckets of {size} and the one before, no window",
+    )
 
 
 def probe_dense(name: str, inputs: Inputs, time_both: Callable[[Contender], float]) -> tuple[bool, float]:

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,10 +67,6 @@ class Bench:
                     self.costs[name] = [(length**2, taken)]
                 except who.Unusable as error:
                     self.unusable[name] = str(error)
-        try:
-            who.peer()
-        except who.Unusable as error:
-            self.unusable["peer"] = str(error)
 
     def row(self, case: Case) -> dict[str, Any]:
         began = time.monotonic()
@@ -90,11 +87,13 @@ class Bench:
                who.lsh("lsh_inverted_file", uniform, inverted_file=True),
                who.lsh("lsh_inverted_file_clustered", clustered, inverted_file=True)]
         dense, results = self.dense(case, uniform)
-        try:
-            flex = [self.flex(case, uniform)]
-        except Exception as error:  # its compiler's errors are of every kind
-            flex, results["flex_window"] = [], not_measured(timing.reason(error))
-        contenders = [*lsh, *dense, *flex]
+        sparse = []
+        for name, make in (("flex_window", partial(self.flex, case)), ("peer", who.peer)):
+            try:
+                sparse.append(make(uniform))
+            except Exception as error:  # a compiler's errors are of every kind, a foreign package's too
+                results[name] = not_measured(timing.reason(error))
+        contenders = [*lsh, *dense, *sparse]
         results = results_of(timing.measure(contenders, self.device, self.limits), contenders) | results
         for contender in contenders:
             entry = results[contender.name]
