@@ -18,12 +18,13 @@ import psutil
 
 from lshv2.readers import read_manifest
 from lshv2.runs import PHASES
-from lshv2.tolerant import ANSI, NAN, Problem, Problems, number, read_object, refusal, text
+from lshv2.tolerant import ANSI, NAN, Problem, Problems, mapping, number, read_object, refusal, text
 
 SILENCE_S = 60.0  # a notebook run by hand: no sign of life for this long, and for three usual paces, is not running
 GONE_S = 10.0  # the same when the runner's process is not on this machine: dead, or at work elsewhere
 CONTRACT = ("config.json", "progress.json", "metrics.jsonl", "training_metrics.json", "component_profiles.json",
             "benchmark_summary.json", "pipeline_results.json", "model_summary.json")
+TRAINING = "03_train", "training_metrics.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -189,6 +190,11 @@ def _phase(run: Path, name: str, bar: Bar | None, listed: dict[str, object], now
     if _alive(run, name, mine, now, runner):
         return Phase(name, "running", mine.elapsed_s if mine else NAN, "", mine.label if mine else "starting"), None, ()
     state = text(listed.get("state"), 20)
+    if not state and name == TRAINING[0] and (mine is None or mine.done >= mine.total):
+        content, _ = read_object(run, TRAINING[1])
+        if content.get("state") == "done":  # by `python -m lshv2.train` or torchrun, which leave no marker
+            recall = mapping(content, "recall")
+            return Phase(name, "ok", number(content.get("seconds")) + number(recall.get("seconds")), "", ""), None, ()
     if state:
         return Phase(name, state, number(listed.get("seconds")), "", text(listed.get("error"), 300)), None, ()
     if mine:

@@ -218,6 +218,19 @@ def test_states_follow_markers_and_signs_of_life(tmp_path: Path) -> None:
     assert run_status(done.path).state == "done", "a bar older than the marker belongs to the finished phase"
 
 
+def test_training_without_the_runner_is_done_when_it_says_so(tmp_path: Path) -> None:
+    def phase(state: str, done: int) -> tuple[str, float]:
+        write_json(tmp_path / "training_metrics.json", {"state": state, "seconds": 8.0, "recall": {"seconds": 2.5}})
+        write_json(tmp_path / "progress.json", {"phase": "03_train", "done": done, "total": 5, "elapsed_s": 1.0,
+                                                "time": 0.0, "label": "recall", "unit": "step"})
+        found = next(p for p in run_status(tmp_path).phases if p.name == "03_train")
+        return found.state, found.seconds
+
+    assert phase("done", 5) == ("ok", 10.5)
+    assert phase("running", 5) == ("stopped", 1.0)
+    assert phase("done", 3) == ("stopped", 1.0), "begun again since, and stopped"
+
+
 def test_a_living_runner_is_running_however_silent_and_a_dead_one_is_not(tmp_path: Path) -> None:
     run = running_run(tmp_path / "run", steps=5)
     write_bar(run, done=5, total=9, age_s=900)
