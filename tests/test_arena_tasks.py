@@ -111,7 +111,7 @@ def test_needles_stand_at_their_depths() -> None:
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_variables_resolve_to_what_is_asked(split: str) -> None:
-    """The ends of the chains; while a model learns, any variable of each."""
+    """The ends of the chains; while a model learns, any variable of each, and what each statement gives."""
     examples = drawn("variable_tracking", 700, split=split)
     numbers = np.sort(examples.groups["hops"], axis=1)
     if split == "eval":
@@ -127,7 +127,10 @@ def test_variables_resolve_to_what_is_asked(split: str) -> None:
                 value, far = (source, 0) if source >= 515 else values[source]
                 assert name not in values
                 values[name] = value, far + (source < 515)
-        for t in scored(labels):
+        told = [t for t in scored(labels) if t < 676]
+        assert [ids[t - 2] for t in told] == (list(values) if split == "train" else [])
+        assert all(ids[t - 3] == 1 and labels[t] == values[ids[t - 2]][0] for t in told)
+        for t in scored(labels)[len(told):]:
             value, far = values[ids[t - 1]]
             assert ids[t - 2] == 2 and labels[t] == value
             asked.append(far)

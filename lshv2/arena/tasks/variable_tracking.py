@@ -27,7 +27,7 @@ class VariableTracking(ArenaTask):
     A hop is an assignment from another variable. No name, and no value, is used twice. Statements stand in order within
     their chain, at free places anywhere before the questions; in between is noise of 253 words. hops: of each answer.
     Sequences below 164 tokens have as many chains as fit. Chance 1/256. While a model learns, any variable of a chain
-    is asked, so that there is something to learn before there are hops to combine.
+    is asked, and at the end of each statement the value it gives: a hop is learned where one hop is what is missing.
     """
 
     name, vocab_size = "variable_tracking", FIRST_NOISE + NOISE_WORDS
@@ -64,6 +64,8 @@ class VariableTracking(ArenaTask):
         ids[:, -3 * chains :] = questions.reshape(n, -1)
         labels = np.full_like(ids, IGNORED)
         labels[:, -3 * chains + 2 :: 3] = questions[:, :, 2]
+        if self.split == "train":  # what comes after a statement is predicted from its last token
+            np.put_along_axis(labels, 3 * places + 3, values[:, chain], axis=1)
         return Examples(ids, labels, {"hops": hops})
 
     def chance(self, length: int) -> float:
