@@ -22,7 +22,16 @@ from lshv2.arena_views import score_table
 from lshv2.benchmark_results import ATTENTIONS, Benchmark, Fit, Row, read_benchmark
 from lshv2.curves import read_training
 from lshv2.errors import UserError
-from lshv2.operator_results import NAMES, Target, find_operator_results, read_operator, shown, verdict
+from lshv2.operator_results import (
+    NAMES,
+    OperatorResult,
+    OperatorRow,
+    Target,
+    find_operator_results,
+    read_operator,
+    shown,
+    verdict,
+)
 from lshv2.readers import read_manifest, read_settings
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
@@ -44,7 +53,7 @@ def results(runs: Path) -> str:
     operators = [folder for folder in find_operator_results(runs) if folder.parent.name.startswith("reference-")]
     arenas = [folder for folder in find_arenas(runs) if folder.parent.name.startswith("reference-")]
     parts = [part for folder in arenas if (part := _arena(folder, folder.relative_to(runs).as_posix()))]
-    parts += [part for folder in operators if (part := _operator(folder, folder.relative_to(runs).as_posix()))]
+    parts += _operators({folder.relative_to(runs).as_posix(): folder for folder in operators})
     trainings = sorted(path.parent for path in runs.glob("reference-*/*/training.json"))
     parts += [_training(folder, folder.relative_to(runs).as_posix()) for folder in trainings]
     parts += _trained(entries)
@@ -152,13 +161,28 @@ def _ruled(cells: list[list[str]], words: Sequence[int]) -> str:
     return _markdown([cells[0], rules, *cells[1:]])
 
 
-def _operator(folder: Path, key: str) -> str | None:
-    """One attention layer at batch 1: a line a length, a column a contender, then the targets."""
-    result, _ = read_operator(folder)
-    rows = result.of("eager", batch_one=True) if result else []
-    if result is None or not rows:
-        return None
+def _operators(folders: dict[str, Path]) -> list[str]:
+    """Each reference's table; targets and picture once a device, of the one with the most rows."""
+    found = {key: result for key, folder in folders.items() if (result := read_operator(folder)[0])}
+    fullest: dict[str, str] = {}
+    for key, result in found.items():
+        if len(result.rows) > len(found[fullest.setdefault(result.device, key)].rows):
+            fullest[result.device] = key
+    parts = []
+    for key, result in found.items():
+        if rows := result.of("eager", batch_one=True):
+            parts.append(_operator(result, rows, key))
+            if key in fullest.values():
+                picture = _picture(folders[key], key, "attention.png", "time, speed-up and parts by length")
+                parts += [*_targets(result.targets), *picture]
+    return parts
+
+
+def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> str:
+    """One attention layer at batch 1: a line a length, a column a contender."""
     unfinished = "" if result.state == "done" else "; not finished"
+    if result.left_out:
+        unfinished += f"; {len(result.left_out)} rows left out"
     head = (f"**[{key}](runs/{key})**, one attention layer, forward + backward at batch 1, milliseconds (medians): "
             f"{result.device}, {result.dtype}, {_made_by(result.environment)}{unfinished}")
     names = [name for name in NAMES if any(row.contenders[name].get("both_ms") > 0 for row in rows
@@ -170,19 +194,26 @@ def _operator(folder: Path, key: str) -> str | None:
         shown = [f"{ms:,.4g}" if ms < 1000 else f"{ms:,.0f}" if math.isfinite(ms) else "not measured" for ms in times]
         factor = factors.get(row.seq_len, math.nan)
         lines.append([f"{row.seq_len:,}", *shown, f"{factor:.2f} ×" if math.isfinite(factor) else "not measured"])
-    return "\n\n".join([head, _markdown(lines), *_targets(result.targets),
-                         *_picture(folder, key, "attention.png", "time, speed-up and parts by length")])
+    return "\n\n".join([head, _markdown(lines)])
 
 
 def _targets(targets: Sequence[Target], detailed: bool = False) -> list[str]:
-    """Detailed: with how a value was measured behind it."""
+    """Detailed: with how a value was measured behind it, and those that were not measured in a line of their own."""
     lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
+    apart = [target for target in targets if detailed and not math.isfinite(target.value)]
     for target in targets:
+        if target in apart:
+            continue
         value = shown(target.value, target.unit) if math.isfinite(target.value) else target.detail
-        if detailed and math.isfinite(target.value) and target.detail:
+        if detailed and target.detail:
             value += f" ({target.detail})"
         lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
-    return [_markdown(lines)] if targets else []
+    parts = [_markdown(lines)] if len(lines) > 2 else []
+    if apart and len(apart) == len(targets):
+        parts.append(f"None of its {len(targets)} targets was measured here.")
+    elif apart:
+        parts.append("Not measured here: " + "; ".join(f"{target.name} ({target.detail})" for target in apart) + ".")
+    return parts
 
 
 def _picture(folder: Path, key: str, name: str, words: str) -> list[str]:

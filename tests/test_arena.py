@@ -194,6 +194,16 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     assert last["steps"] == 5 and last["trained_as"] == changed.trained_as
 
 
+def test_a_task_of_another_version_is_trained_and_judged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, = small_plan("induction", attentions=("lsh",))
+    assert run_job(job, tmp_path) == 2
+    before = (tmp_path / "arena" / "induction-lsh-0.pt").read_bytes()
+    monkeypatch.setattr(type(get_task("induction")), "version", 2)
+    assert len(missing(job, rows_of(tmp_path))) == 2
+    assert run_job(job, tmp_path) == 2 and len(rows_of(tmp_path)) == 4
+    assert (tmp_path / "arena" / "induction-lsh-0.pt").read_bytes() != before
+
+
 def tuple_of(job: Job, length: int) -> tuple[Any, ...]:
     return job.task, job.model, job.seed, "", length, job.trained_as
 

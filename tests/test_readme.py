@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project_files import ROOT, page
 
 from lshv2 import readme
 from lshv2.errors import UserError
+from lshv2.operator_results import Target
 from lshv2.runs import write_json
 
 
@@ -89,6 +92,30 @@ def test_trained_runs_are_a_line_each(tmp_path: Path) -> None:
         "| [reference-x/full](runs/reference-x/full) | dense | 131,072 | 79 | 22,668 | "
         "4.000 (0), 3.750 (10), 3.250 (30), 2.750 (50), 2.250 (70) | a GPU, 0123456 |"
     )
+
+
+def test_targets_of_a_device_stand_once_and_those_not_measured_in_a_line(tmp_path: Path) -> None:
+    """The reference with more rows is judged; the other shows its table, and how much it left out."""
+    def row(length: int) -> dict[str, Any]:
+        return {"mode": "eager", "seq_len": length, "batch_size": 1, "n_buckets": 8,
+                "contenders": {"lsh": {"status": "ok", "both_ms": 1.5}, "peer": {"status": "ok", "both_ms": 30.0}}}
+
+    def target(name: str, value: float | None) -> dict[str, Any]:
+        return {"name": name, "target": "≥ 2 ×", "stretch": "≥ 4 ×", "value": value, "unit": "×", "met": True,
+                "stretch_met": False, "detail": "why"}
+
+    common = {"schema": 2, "state": "done", "device": "cuda (a GPU)", "dtype": "bfloat16", "environment": {}}
+    for name, lengths in (("few", (1024,)), ("more", (1024, 2048))):
+        write_json(tmp_path / "reference-x" / name / "attention.json", {
+            **common, "rows": [row(length) for length in lengths], "targets": [target(f"speed of {name}", 3.0)],
+            "left_out": [{"mode": "graph", "seq_len": 4096, "batch_size": 1}] if name == "few" else []})
+    said = readme.results(tmp_path)
+    assert said.count("| 1,024 | 1.5 | 30 |") == 2 and said.count("1 rows left out") == 1
+    assert "speed of more" in said and "speed of few" not in said
+    measured, missing = ([Target(name, "≥ 2 ×", "≥ 4 ×", value, "×", None, None, "why")] for name, value in
+                         (("a", 3.0), ("b", math.nan)))
+    assert readme._targets([*measured, *missing], detailed=True)[-1] == "Not measured here: b (why)."
+    assert readme._targets(missing, detailed=True) == ["None of its 1 targets was measured here."]
 
 
 def test_several_gpus_stand_below_the_one(tmp_path: Path) -> None:

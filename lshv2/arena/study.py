@@ -54,10 +54,12 @@ class Job:
 
     @property
     def trained_as(self) -> str:
-        """What decides the weights; a changed recipe trains anew."""
+        """What decides the weights; a changed recipe or task trains anew."""
+        version = get_task(self.task).version
+        name = self.task if version == 1 else f"{self.task} {version}"
         config = self.config.model_dump(exclude={"max_seq_len"})
         of = {name: value for name, value in asdict(self.recipe).items() if name not in ("judged", "sequences")}
-        return hashlib.sha256(json.dumps([self.task, self.seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([name, self.seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plan(

@@ -50,8 +50,9 @@ class ArenaTask(ABC):
     """One task. Its class attributes describe it; `draw` makes sequences.
 
     exact: a sequence counts as right only when all its answers are. min_length: shorter sequences do not fit.
-    metric: "accuracy", or "bits_per_byte", of which less is better. in_processes: drawing is Python rather than numpy,
-    so that training draws in processes instead of threads.
+    metric: "accuracy", or "bits_per_byte", of which less is better. version: raised whenever the sequences change, so
+    that models of earlier ones are trained and judged anew. in_processes: drawing is Python rather than numpy, so that
+    training draws in processes instead of threads.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class ArenaTask(ABC):
     exact: ClassVar[bool] = False
     min_length: ClassVar[int] = 8
     metric: ClassVar[str] = "accuracy"
+    version: ClassVar[int] = 1
     in_processes: ClassVar[bool] = False
     split: str = "eval"  # what is drawn from, where there is a corpus: "train" while a model learns
 

@@ -31,7 +31,7 @@ class VariableTracking(ArenaTask):
     """
 
     name, vocab_size = "variable_tracking", FIRST_NOISE + NOISE_WORDS
-    min_length = 17
+    min_length, version = 17, 2  # 2: while a model learns, what each statement gives is asked too
 
     def chains(self, length: int) -> int:
         """Chains of 1, 2 … hops; the one of h hops has h + 1 statements and a question, of three tokens each."""
