@@ -1,4 +1,4 @@
-"""From logits to tokens: prompts as a batch, greedy choice and sampling, stopping, steps captured in a CUDA graph.
+"""From logits to tokens: prompts as a batch, greedy choice and sampling, stopping.
 
 `LSHModel.generate` and `LSHModel.stream` are how to use it. Randomness comes from the caller's generator alone.
 Left out on purpose: beam search, penalties, text in and out (a tokenizer's matter).
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lshv2.errors import UserError
 
-WARM_UP = 2  # real steps before a capture: kernels compile and libraries allocate outside the graph
 Step = Callable[[Tensor], Tensor]  # token int64 [B] -> logits [B,V] of the next one
 
 
@@ -81,27 +80,3 @@ def tokens(
             return
         chosen = choose(step(token), temperature, top_p, generator)
         token = chosen if ended is None else torch.where(ended, token, chosen)
-
-
-class GraphedStep:
-    """A step whose third and later calls replay a CUDA graph: a launch instead of some thousand kernels.
-
-    Only for steps that read and write the same memory at each call and take their numbers from it. What a call returns
-    is overwritten by the next. The host counts no tokens meanwhile: the cache must have room for all that are fed, and
-    the dense twin's step, whose length the host knows, keeps the captured one.
-    """
-
-    def __init__(self, step: Step) -> None:
-        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, token: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            return self.step(token)
-        if self.calls == WARM_UP + 1:
-            self.token = token.clone()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.step(self.token)
-        self.token.copy_(token)
-        self.graph.replay()
-        return self.logits

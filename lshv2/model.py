@@ -30,7 +30,8 @@ from lshv2.backbone import Angles, Backbone
 from lshv2.config import ModelConfig, parse_size
 from lshv2.decoding import Cache
 from lshv2.errors import UserError
-from lshv2.generation import GraphedStep, Prompts, Step, as_batch, check_sampling, tokens
+from lshv2.generation import Prompts, Step, as_batch, check_sampling, tokens
+from lshv2.graphs import GraphedStep
 from lshv2.layers import rotary_angles
 from lshv2.losses import IGNORE, linear_cross_entropy
 from lshv2.ponder import expected_steps, halting_log_probs, prior_divergence
@@ -170,8 +171,9 @@ class LSHModel(Backbone):
         ids, lengths = as_batch(prompt_ids, self.config.vocab_size, self.embedding.weight.device)
         logits, cache = self.prefill(ids, lengths=lengths, capacity=max(lengths) + max_new_tokens - 1)
         step: Step = partial(self.step, cache=cache)
-        if ids.is_cuda and self.config.attention != "dense" and not torch.is_autocast_enabled("cuda"):
-            step = GraphedStep(step)
+        # not the dense twin's, whose length the host knows; nobody counts tokens on the host, and the cache has room
+        if self.config.attention != "dense" and not torch.is_autocast_enabled("cuda"):
+            step = GraphedStep(step, ids.device)
         return tokens(logits, step, max_new_tokens, stop, temperature, top_p, generator)
 
     def generate(self, prompt_ids: Prompts, max_new_tokens: int, **how: Any) -> Tensor:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from lshv2.graphs import GraphedStep, rate_setter
 from lshv2.machine import environment
 from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
 from lshv2.runs import write_json
@@ -139,7 +140,7 @@ class Experiment:
 
     reach: see `PonderGRU`; prior and beta: see `ponder_loss`. mastery: the accuracy at the most non-zero elements in
     training from which on there may be more, from 2 on, one in eight at a time; every other batch is of the hardest
-    few until all are there. 0: all from the start.
+    few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: as trained at most.
     """
 
     task: str = "interpolation"
@@ -148,6 +149,7 @@ class Experiment:
     size: int = 96
     hidden: int = 128
     max_steps: int = 20
+    test_steps: int = 0
     reach: int = 0
     prior: float = 0.2
     beta: float = 0.01
@@ -184,25 +186,33 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
     curve: list[dict[str, Any]] = []
     lowest, highest = what.trained
     most = min(2, highest) if what.mastery else highest
+    set_rate = rate_setter(optimizer, device)
+
+    def one(steps: int, x: Tensor, odd: Tensor) -> Tensor:
+        loss = loss_of(model, x, odd, what.prior, what.beta, steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.cut()
+        return loss.detach()
+
+    # by ponder steps: on a GPU each number of them is a graph of its own
+    steppers = {n: GraphedStep(partial(one, n), device) for n in range(1, what.max_steps + 1)}
     total, began = torch.zeros((), device=device), time.perf_counter()
     for step in range(1, what.steps + 1):
         least = max(lowest, most - HARDEST) if most < highest and step % 2 else lowest
         x, odd = draw(what.batch_size, least, most, what.size, data)
-        loss = loss_of(model, x, odd, what.prior, what.beta, what.steps_for(most))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for group in optimizer.param_groups:  # constant, then linearly to zero
-            group["lr"] = what.learning_rate * min(1.0, 4 * (1 - (step - 1) / what.steps))
-        optimizer.step()
-        model.cut()
+        set_rate(what.learning_rate * min(1.0, 4 * (1 - (step - 1) / what.steps)))  # constant, then linearly to zero
+        loss = steppers[what.steps_for(most)](x, odd)
         if most < highest and step % LOOK_EVERY == 0:
             hardest, = measure(model, most, most, what.size, LOOKED_AT, data, what.steps_for(most))
             most = min(highest, most + max(1, most // 8)) if hardest["accuracy"] >= what.mastery else most
-        total += loss.detach()
+        total += loss
         since += 1
         if step % every == 0 or step == what.steps:
-            seen, test = (mean_of(measure(model, *span, what.size, 64, data)) for span in (what.trained, what.tested))
+            seen, test = (mean_of(measure(model, *span, what.size, 64, data, what.test_steps or None))
+                          for span in (what.trained, what.tested))
             curve.append(
                 {"step": step, "most_nonzero": most, "loss": total.item() / since, "trained": seen, "tested": test}
             )
@@ -214,7 +224,8 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
             total.zero_()
             since = 0
     seconds = time.perf_counter() - began
-    rows = measure(model, 1, what.size, what.size, TEST_VECTORS, torch.Generator(device).manual_seed(what.seed + 2**30))
+    fresh = torch.Generator(device).manual_seed(what.seed + 2**30)
+    rows = measure(model, 1, what.size, what.size, TEST_VECTORS, fresh, what.test_steps or None)
     trained, tested = (mean_of(rows[low - 1 : high]) for low, high in (what.trained, what.tested))
     return {
         "device": str(device), "seconds": seconds, "trained": trained, "tested": tested, "by_nonzero": rows,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from project_files import ROOT
 
+from lshv2 import graphs
 from lshv2.arena import learn
 from lshv2.arena.judge import judge
 from lshv2.arena.phase import publish, run_arena
@@ -335,8 +336,8 @@ def test_captured_steps_are_the_eager_ones(attention: Any, monkeypatch: pytest.M
     device, task = torch.device("cuda"), get_task("induction")
     how = replace(recipe("induction"), lengths=(64, 256), steps=40)
     curves = []
-    for warm in (10**9, learn.WARM):
-        monkeypatch.setattr(learn, "WARM", warm)
+    for warm in (10**9, graphs.WARM):
+        monkeypatch.setattr(graphs, "WARM", warm)
         model = LSHModel(how.model(task.vocab_size, attention, 1024), seed=0).to(device)
         curves.append(learn.train(model, task, how, 0, device)["loss_train"])
     assert np.abs(np.subtract(*curves)).max() < 0.01 < curves[0][0] - curves[0][-1]

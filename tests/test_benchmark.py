@@ -188,6 +188,16 @@ def test_a_length_out_of_time_settles_the_longer_ones_and_never_ends_the_phase(t
     assert summary["state"] == "done" and summary["alpha"] is None and summary["longest_ok"] == {"lsh": None}
 
 
+def test_without_notebooks_it_is_a_command_on_a_run_s_settings(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", timeout_seconds=0.3, attentions=["lsh"])
+    command = [sys.executable, "-m", "lshv2.benchmark", "--config"]
+    done = subprocess.run([*command, run.path / "config.json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in read_json(run.file(SUMMARY))[0]["rows"]] == ["timeout", "skipped"]
+    wrong = subprocess.run([*command, run.path], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "not a config.json" in wrong.stderr
+
+
 def test_a_length_out_of_memory_is_a_row(tmp_path: Path) -> None:
     summary = run_benchmark(make_run(tmp_path / "r", max_memory_gb=0.05, attentions=["lsh"]))
     assert [row["status"] for row in summary["rows"]] == ["out of memory", "skipped"], json.dumps(summary["rows"])

@@ -24,13 +24,13 @@ from lshv2.arena.recipes import Recipe
 from lshv2.arena.task import ArenaTask
 from lshv2.config import TrainingConfig
 from lshv2.evaluation import Batch
+from lshv2.graphs import GraphedStep, rate_setter
 from lshv2.model import LSHModel
 from lshv2.optimizer import make_optimizer, scheduled
 
 Drawn = tuple[np.ndarray, np.ndarray]
 AHEAD = 12  # steps drawn ahead
 CHECK_EVERY = 100  # steps between looks at the loss, for which the device is waited for
-WARM = 3  # eager steps of a shape before it is captured
 TRAINING, JUDGING = 0, 1  # streams of random numbers
 
 
@@ -51,38 +51,19 @@ def to_device(x: np.ndarray, device: torch.device) -> Tensor:
 
 
 class _Steps:
-    """Optimizer steps. On a GPU each shape is captured as a CUDA graph after WARM eager steps: a small model's kernels
-    take less time than their launches."""
+    """Optimizer steps, as CUDA graphs on a GPU."""
 
     def __init__(self, model: LSHModel, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         self.settings = TrainingConfig(learning_rate=recipe.learning_rate)
         self.optimizer = make_optimizer(model, self.settings, recipe.learning_rate)
-        self.rate = torch.tensor(recipe.learning_rate, device=device)
-        if device.type == "cuda":
-            for group in self.optimizer.param_groups:
-                group["capturable"], group["lr"] = True, self.rate
-        self.seen: dict[torch.Size, int] = {}
-        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self.set_rate = rate_setter(self.optimizer, device)
+        self.step = GraphedStep(self._eager, device)
 
     def __call__(self, step: int, ids: Tensor, labels: Tensor) -> Tensor:
         """Step number `step`, from 0; its loss, on the device."""
-        rate = scheduled(step, self.recipe.steps, self.recipe.learning_rate, self.settings)
-        if self.device.type != "cuda":
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            return self._eager(ids, labels)
-        self.rate.fill_(rate)
-        if ids.shape not in self.graphs:
-            seen = self.seen[ids.shape] = self.seen.get(ids.shape, 0) + 1
-            if seen <= WARM:
-                return self._aside(ids, labels)
-            self._capture(ids, labels)
-        graph, static_ids, static_labels, loss = self.graphs[ids.shape]
-        static_ids.copy_(ids)
-        static_labels.copy_(labels)
-        graph.replay()
-        return loss.clone()
+        self.set_rate(scheduled(step, self.recipe.steps, self.recipe.learning_rate, self.settings))
+        return self.step(ids, labels)
 
     def _eager(self, ids: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device):
@@ -94,23 +75,6 @@ class _Steps:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_hash()
         return loss.detach()
-
-    def _aside(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """An eager step on a stream of its own, as capturing wants what comes before it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            loss = self._eager(ids, labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        return loss
-
-    def _capture(self, ids: Tensor, labels: Tensor) -> None:
-        static_ids, static_labels = ids.clone(), labels.clone()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            loss = self._eager(static_ids, static_labels)
-        self.graphs[ids.shape] = graph, static_ids, static_labels, loss
 
 
 def train(

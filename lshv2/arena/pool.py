@@ -27,11 +27,12 @@ def run_pool(
 ) -> int:
     """Run what is missing; returns how many jobs are left. gpus: one entry a process, "" for one on the CPU.
 
-    time_limit: seconds after which no job is started. A job that fails is said and left; the others go on. on_done:
-    called after each that ended, well or not.
+    Of a seed's jobs the longest are begun first, so that the last ones end together. time_limit: seconds after which no
+    job is started. A job that fails is said and left; the others go on. on_done: called after each that ended, well or
+    not.
     """
     rows = rows_of(folder)
-    todo = [job for job in jobs if missing(job, rows)]
+    todo = sorted((job for job in jobs if missing(job, rows)), key=lambda job: (job.seed, -_work_of(job)))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     for gpu in gpus:
@@ -48,6 +49,11 @@ def run_pool(
             on_done(job)
     rows = rows_of(folder)
     return sum(bool(missing(job, rows)) for job in jobs)
+
+
+def _work_of(job: Job) -> int:
+    """What a job costs, roughly: tokens trained, times layers."""
+    return job.recipe.steps * job.recipe.tokens * job.config.n_layers
 
 
 def _choose_gpu(queue: multiprocessing.Queue[str]) -> None:

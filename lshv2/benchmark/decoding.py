@@ -25,7 +25,7 @@ from torch import Tensor
 from lshv2.benchmark.meter import Meter
 from lshv2.config import ModelConfig
 from lshv2.decoding import Cache
-from lshv2.generation import WARM_UP, GraphedStep
+from lshv2.graphs import WARM, GraphedStep
 from lshv2.layers import rotary_angles
 from lshv2.machine import environment
 from lshv2.model import LSHModel
@@ -75,10 +75,10 @@ def measure(
     for mode in modes:
         step: Callable[[Tensor], Tensor] = lambda token: model.step(token, cache)  # noqa: E731
         if mode == "graph":
-            step = GraphedStep(step)
-        _feed(step, tokens[: WARM_UP + 1])
+            step = GraphedStep(step, device)
+        _feed(step, tokens[: WARM + 1])
         taken = [
-            meter.milliseconds(partial(_feed, step, part)) / steps for part in tokens[WARM_UP + 1 :].split(steps)
+            meter.milliseconds(partial(_feed, step, part)) / steps for part in tokens[WARM + 1 :].split(steps)
         ]
         row |= {f"{mode}_ms": median(taken), f"{mode}_samples_ms": taken}
     return row
@@ -91,7 +91,7 @@ def _feed(step: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
 
 def room(steps: int, samples: int) -> int:
     """Tokens that one mode feeds."""
-    return WARM_UP + 1 + steps * samples
+    return WARM + 1 + steps * samples
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
