@@ -19,6 +19,7 @@ from lshv2.layers import Attention
 from lshv2.parallel.share import Share
 
 Angles = tuple[Tensor, Tensor]  # cos, sin
+NEVER = 2.0  # a threshold above all probabilities, rounded to one or not: full depth
 HASH_SEED = 1 << 32  # added to a model's seed
 
 
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
         self.gradient_checkpoint: Recompute = False
         self.parts: list[Parts | None] = [None] * config.weight_tied_layers  # of each block, compiled
         self.share: Share | None = None
+        self.ponder_share = 1.0  # of PonderNet's loss in training (`lshv2.ponder`); at 0 no token halts: see `_answer`
         table = torch.empty(config.vocab_size, config.d_model)  # skip_init would import torch._dynamo: two seconds
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
         self.blocks = nn.ModuleList(Block(config, hashes) for _ in range(config.weight_tied_layers))
@@ -85,11 +87,15 @@ class Backbone(nn.Module):
     def _answer(
         self, x: Tensor, angles: Angles, cache: Cache | None = None, draw: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The states [B,T,d] that answer outside training, and the steps [B,T] they took."""
+        """The states [B,T,d] that answer outside training, and the steps [B,T] they took.
+
+        While a training has asked for no answer but the last, nothing else would answer well.
+        """
         if self.config.use_ponder:
+            threshold = self.config.ponder_threshold if self.ponder_share else NEVER
             return answer(
                 [*self.blocks], self.step_embedding, self._halt_logits, x, angles,
-                threshold=self.config.ponder_threshold, cache=cache, draw=draw,
+                threshold=threshold, cache=cache, draw=draw,
             )
         for n in range(self.config.n_ponder_steps):
             x = self.step_of_all(x, n, angles, cache)

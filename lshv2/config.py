@@ -165,6 +165,12 @@ class TrainingConfig(Section):
     num_workers: NonNegativeInt = 2
     min_learning_rate_ratio: Fraction = Field(0.1, description="end of the cosine, over learning_rate")
     warmup_fraction: Fraction = 0.02
+    ponder_from: Fraction = Field(
+        0.0, description="part of the training that answers at full depth alone, for the halting that comes after it"
+    )
+    ponder_to: Fraction = Field(
+        0.0, description="part of the training from which on the loss is PonderNet's; between the two it moves there"
+    )
     weight_decay: NonNegativeFloat = 0.1
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
@@ -179,6 +185,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         parse_size(self.model_size)
+        if self.ponder_from > self.ponder_to:
+            raise ValueError(f"ponder_from={self.ponder_from} is after ponder_to={self.ponder_to}")
         return self
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from lshv2.generation import Prompts, Step, as_batch, check_sampling, tokens
 from lshv2.graphs import GraphedStep
 from lshv2.layers import rotary_angles
 from lshv2.losses import IGNORE, linear_cross_entropy
-from lshv2.ponder import expected_steps, halting_log_probs, prior_divergence
+from lshv2.ponder import answer_weights, expected_steps, halting_log_probs, prior_divergence
 from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
 
@@ -111,8 +112,9 @@ class LSHModel(Backbone):
         if targets is not None:
             # `lshv2.ponder.ponder_loss`, each step's part weighed where its logits are: they are there once only
             count = self._scored(targets)
-            weights = log_p.exp() / count
-            losses = [self._score(state, targets, weight)[0] for state, weight in zip(states, weights, strict=True)]
+            weights = answer_weights(log_p, self.ponder_share) / count
+            asked = slice(None if self.ponder_share else -1, None)  # what counts for nothing is not computed
+            losses = [self._score(*each)[0] for each in zip(states[asked], repeat(targets), weights[asked])]
             divergence = self._divergence(log_p, targets != IGNORE, count)
             out.loss = torch.stack(losses).sum() + self.config.ponder_beta * divergence
         return out

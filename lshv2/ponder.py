@@ -5,7 +5,11 @@ After ponder step n a head gives the halting probability λ_n, conditional on no
     p_n = λ_n Π_{j<n} (1 − λ_j),  the remainder going to the last step N (a network that has run out must answer)
     loss = Σ_n p_n · CE_n  +  β · KL(p ‖ Geometric(λ_p) truncated at N and renormalised)
 
-both per token. Training runs every token through all N steps, each seeing the others' states of the same step; outside
+both per token. A training may begin at full depth and come to this loss later: of a share s of it
+
+    loss = Σ_n (s · p_n + (1 − s) · [n = N]) · CE_n  +  β · KL
+
+Training runs every token through all N steps, each seeing the others' states of the same step; outside
 training a token halts, and what the others then see of it is defined in `lshv2.halting`. The direction of the KL and
 the renormalised prior matter: reversed or unnormalised forms have another minimum. Legend: N steps, B batch, T tokens.
 """
@@ -44,6 +48,25 @@ def prior_divergence(log_p: Tensor, prior: float) -> Tensor:
     """KL(p ‖ truncated geometric prior) of each token: [N,B,T] -> [B,T]."""
     log_prior = truncated_geometric(log_p.shape[0], prior, log_p.device).log().to(log_p)
     return (log_p.exp() * (log_p - log_prior[:, None, None])).sum(0)
+
+
+def answer_weights(log_p: Tensor, share: float) -> Tensor:
+    """What each step's cross-entropy counts: log p [N,B,T] -> [N,B,T], summing to one over N.
+
+    share: 1 is p itself, 0 the last step alone.
+    """
+    p = log_p.exp()
+    return p if share == 1 else torch.cat([share * p[:-1], share * p[-1:] + (1 - share)])
+
+
+def ponder_share(progress: float, begin: float, end: float) -> float:
+    """The share s of PonderNet's loss at this part of the training: 0 before `begin`, 1 from `end` on, linear between.
+
+    All are in [0, 1], begin <= end.
+    """
+    if progress >= end:
+        return 1.0
+    return 0.0 if progress <= begin else (progress - begin) / (end - begin)
 
 
 def expected_steps(log_p: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lshv2.batches import evaluation_batches, training_batches
 from lshv2.evaluation import Batch, Evaluation, evaluate
 from lshv2.optimizer import scheduled
 from lshv2.parallel.ranks import ALONE
+from lshv2.ponder import ponder_share
 from lshv2.profiling import Profiler, region
 from lshv2.progress import Progress
 from lshv2.stopping import Stopped, StopRequest
@@ -133,6 +134,7 @@ class Trainer(TrainingState):
         )
 
     def _train_step(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._set_ponder_share()
         profiled = self.task.profile and self._profiles_now()
         profiler = Profiler(self.device) if profiled else contextlib.nullcontext()
         began = time.perf_counter()
@@ -156,6 +158,12 @@ class Trainer(TrainingState):
         self.step += 1
         self.tokens += input_ids.numel() * self.share.layout.data
         return loss.detach(), steps, norm
+
+    def _set_ponder_share(self) -> None:
+        """A function of the step alone, so that a resumed training has it too; at the end all steps answer."""
+        settings = self.settings
+        progress = min(1.0, self.step / max(1, self.total_steps))
+        self.model.ponder_share = ponder_share(progress, settings.ponder_from, settings.ponder_to)
 
     def _profiles_now(self) -> bool:
         every = max(1, self.total_steps // (2 * PROFILED_STEPS))
@@ -195,6 +203,7 @@ class Trainer(TrainingState):
 
     def _held_out(self) -> Evaluation:
         """The held-out sequences' figures; of a part of them when a signal came."""
+        self._set_ponder_share()
         batches = evaluation_batches(self.task, lambda: self.stop.requested, self.ranks)
         with self.sharded.whole():
             return evaluate(self.model, batches, self.autocast, self.task.token_bytes, ranks=self.ranks)

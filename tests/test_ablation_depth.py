@@ -12,7 +12,6 @@ import torch
 from lshv2.ablation import depth_variants
 from lshv2.ablation.depth import (
     MEAN_STEPS,
-    NEVER,
     BudgetModel,
     halting_at,
     halting_probabilities,
@@ -27,6 +26,7 @@ from lshv2.ablation.pool import RESULTS
 from lshv2.ablation.report import write_report
 from lshv2.ablation.summary import summarise, table
 from lshv2.ablation.variants import VARIANTS, Job
+from lshv2.backbone import NEVER
 from lshv2.ponder import halting_log_probs, ponder_loss, prior_divergence, truncated_geometric
 from lshv2.runs import append_jsonl, repo_root
 

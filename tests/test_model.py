@@ -213,9 +213,12 @@ def test_a_halted_token_answers_with_the_state_at_which_it_halted() -> None:
     assert (model(x).logits - one.eval()(x).logits).abs().max() < 1e-6
 
 
-def test_the_ponder_loss_weighs_each_prediction_by_the_halting_of_the_token_that_makes_it() -> None:
-    """Token by token in Python's floats: what is predicted at t answers to the halting probabilities of t alone."""
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+def test_the_ponder_loss_weighs_each_prediction_by_the_halting_of_the_token_that_makes_it(share: float) -> None:
+    """Token by token in Python's floats: what is predicted at t answers to the halting probabilities of t alone, and
+    the last step for what is not pondered yet."""
     model, x = small(n_layers=6).double(), ids(2, 12)
+    model.ponder_share = share
     with torch.no_grad():
         model.halt.weight.normal_(0.0, 0.4, generator=torch.Generator().manual_seed(0))
         labels = x.clone()
@@ -231,7 +234,8 @@ def test_the_ponder_loss_weighs_each_prediction_by_the_halting_of_the_token_that
         halts = [steps[n][0][b, t].item() for n in range(2)]
         p = [halts[0], (1 - halts[0]) * halts[1], (1 - halts[0]) * (1 - halts[1])]
         nats = [-steps[n][1][b, t].log_softmax(-1)[labels[b, t + 1]].item() for n in range(3)]
-        terms.append(sum(p[n] * (nats[n] + 0.1 * math.log(p[n] / prior[n])) for n in range(3)))
+        answers = sum(p[n] * nats[n] for n in range(3)) * share + (1 - share) * nats[2]
+        terms.append(answers + 0.1 * sum(p[n] * math.log(p[n] / prior[n]) for n in range(3)))
     assert abs(got - sum(terms) / len(terms)) < 1e-6, "cross entropy is summed in float32"
 
 
@@ -255,6 +259,16 @@ def test_the_ponder_loss_s_gradients_are_those_of_all_logits_at_once() -> None:
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a is b or (a - b).abs().max() < 1e-6, "the halting distribution is in float32"
+
+
+def test_while_only_the_last_step_is_trained_it_answers() -> None:
+    model, x = small().eval(), ids()
+    torch.nn.init.constant_(model.halt.bias, 4.0)  # else all tokens halt at the first
+    assert (model(x).ponder_steps == 1).all()
+    model.ponder_share = 0.0
+    assert (model(x).ponder_steps == model.config.n_ponder_steps).all()
+    model.ponder_share = 0.01
+    assert (model(x).ponder_steps == 1).all()
 
 
 def test_the_ponder_gradient_reaches_the_halting_head() -> None:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss, truncated_geometric
+from lshv2.ponder import (
+    answer_weights,
+    expected_steps,
+    halting_log_probs,
+    ponder_loss,
+    ponder_share,
+    truncated_geometric,
+)
 
 
 def path_probabilities(logits: list[float]) -> list[float]:
@@ -93,6 +100,14 @@ def test_divergence_is_zero_at_the_prior_and_nothing_scored_is_no_nan() -> None:
     zero = torch.zeros(3, 1, 2, dtype=torch.float64)
     assert abs(ponder_loss(zero, log_p, torch.ones(1, 2, dtype=torch.bool), prior=0.25, beta=1.0).item()) < 1e-6
     assert ponder_loss(zero, log_p, torch.zeros(1, 2, dtype=torch.bool), prior=0.25, beta=1.0).item() == 0
+
+
+def test_a_training_comes_to_the_ponder_loss_between_two_points() -> None:
+    assert [ponder_share(x, 0.25, 0.75) for x in (0.0, 0.25, 0.5, 0.625, 0.75, 1.0)] == [0, 0, 0.5, 0.75, 1, 1]
+    assert [ponder_share(x, 0.5, 0.5) for x in (0.0, 0.49, 0.5, 1.0)] == [0, 0, 1, 1], "at once"
+    assert ponder_share(0.0, 0.0, 0.0) == 1, "from the start"
+    log_p = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()[:, None, None]
+    assert answer_weights(log_p, 0.5).flatten().tolist() == pytest.approx([0.1, 0.15, 0.75])
 
 
 def test_expected_steps() -> None:

@@ -35,6 +35,7 @@ from lshv2.stopping import Stopped, StopRequest
 SETTINGS = {
     "train.num_train_sequences": 32, "train.num_epochs": 2, "train.num_eval_sequences": 2, "train.log_every": 3,
     "train.checkpoint_every": 5, "train.eval_every": 8, "train.keep_every": 16,
+    "train.ponder_from": 0.2, "train.ponder_to": 0.8,  # a share that differs from step to step
 }
 TASKS = ("language_model", "recall")
 KILLED, STOPPED = -signal.SIGKILL, 128 + signal.SIGTERM

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from lshv2.ablation.material import Material, in_order
+from lshv2.backbone import NEVER
 from lshv2.evaluation import Batch, evaluate
 from lshv2.layers import rotary_angles
 from lshv2.model import LSHModel
 from lshv2.ponder import expected_steps, halting_log_probs, prior_divergence
 from lshv2.trainer import Trainer
 
-NEVER = 2.0  # a threshold above all probabilities, rounded to one or not: full depth
 MEAN_STEPS = (1.25, 1.5, 2.0, 2.5, 2.9, 3.5)  # asked for; 2.9 of 4 leaves room below a quarter fewer
 LOOKED = 2.9  # where the steps are told apart by how hard a token is
 CALIBRATION = 1 << 18  # tokens of training text

@@ -25,8 +25,9 @@ def _fixed(times: int) -> dict[str, Any]:
     return {"model.use_ponder": False, "model.n_layers": BLOCKS * times}
 
 
-def _ponder(prior: float, beta: float) -> dict[str, Any]:
-    return {"model.use_ponder": True, "model.ponder_prior": prior, "model.ponder_beta": beta}
+def _ponder(prior: float, beta: float, begin: float = 0.0, end: float = 0.0) -> dict[str, Any]:
+    return {"model.use_ponder": True, "model.ponder_prior": prior, "model.ponder_beta": beta,
+            "train.ponder_from": begin, "train.ponder_to": end}
 
 
 # Applications of the blocks -> name; the deepest is what saving is counted from.
@@ -34,6 +35,8 @@ FIXED: dict[int, str] = {1: "fixed_1", 2: "fixed_2", 3: "fixed_3", DEEPEST: FULL
 PONDER: dict[str, dict[str, Any]] = {
     "ponder_flat": _ponder(0.05, 0.1),  # nearly every step as likely: the later ones are trained as much as the first
     "ponder_product": _ponder(0.3, 0.1),  # the product's defaults
+    "ponder_late": _ponder(0.3, 0.1, 0.25, 0.75),  # at full depth alone, then ever more by PonderNet's loss
+    "ponder_flat_late": _ponder(0.05, 0.1, 0.25, 0.75),
     "ponder_flat_weak": _ponder(0.05, 0.03),
     "ponder_flat_strong": _ponder(0.05, 0.3),
     BUDGET: _ponder(0.05, 1.0),
@@ -41,7 +44,7 @@ PONDER: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {**{name: _fixed(times) for times, name in FIXED.items()}, **PONDER}
 # What decides first; then the other ways to train, and how much the first steps are worth.
 TIERS: tuple[tuple[str, ...], ...] = (
-    (FULL, "fixed_3", "fixed_2", "ponder_flat", "ponder_product"),
+    (FULL, "fixed_3", "fixed_2", "ponder_late", "ponder_flat_late", "ponder_product", "ponder_flat"),
     ("ponder_flat_weak", BUDGET, "fixed_1", "ponder_flat_strong"),
 )
 
@@ -54,5 +57,5 @@ def base(language: dict[str, Any]) -> dict[str, Any]:
     return {
         **language, "model.hashing": "inverted_file", "model.rotary_fraction": 1.0, "model.rotary_heads": 0.5,
         "model.n_rounds": 4, "model.n_layers": BLOCKS * DEEPEST, "model.weight_tied_layers": BLOCKS,
-        "model.ponder_prior": 0.3, "model.ponder_beta": 0.1,
+        "model.ponder_prior": 0.3, "model.ponder_beta": 0.1, "train.ponder_from": 0.0, "train.ponder_to": 0.0,
     }

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lshv2.ablation.depth import NEVER, depth_figures
+from lshv2.ablation.depth import depth_figures
 from lshv2.ablation.heads import TwoWayAttention, attentions, build_model
 from lshv2.ablation.lookup import measure_layers
 from lshv2.ablation.material import Material, in_order, load, tails
 from lshv2.ablation.variants import CUT, VARIANTS, Job
 from lshv2.attention import choose_backend
+from lshv2.backbone import NEVER
 from lshv2.batches import Task
 from lshv2.evaluation import evaluate
 from lshv2.losses import IGNORE
