@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -141,6 +142,8 @@ class Experiment:
     reach: see `PonderGRU`; prior and beta: see `ponder_loss`. mastery: the accuracy at the most non-zero elements in
     training from which on there may be more, from 2 on, one in eight at a time; every other batch is of the hardest
     few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: as trained at most.
+    vary_steps: 1 gives each batch a number of ponder steps between that and `max_steps`, by chance, so that no answer
+    can wait for a last step that is known.
     """
 
     task: str = "interpolation"
@@ -156,6 +159,7 @@ class Experiment:
     batch_size: int = 128
     learning_rate: float = 3e-4
     mastery: float = 0.0
+    vary_steps: int = 0
 
     def steps_for(self, most: int) -> int:
         """Ponder steps in training with so many non-zero elements: with mastery their share of the vector's.
@@ -186,7 +190,7 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
     curve: list[dict[str, Any]] = []
     lowest, highest = what.trained
     most = min(2, highest) if what.mastery else highest
-    set_rate = rate_setter(optimizer, device)
+    set_rate, ends = rate_setter(optimizer, device), random.Random(what.seed)
 
     def one(steps: int, x: Tensor, odd: Tensor) -> Tensor:
         loss = loss_of(model, x, odd, what.prior, what.beta, steps)
@@ -204,7 +208,8 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
         least = max(lowest, most - HARDEST) if most < highest and step % 2 else lowest
         x, odd = draw(what.batch_size, least, most, what.size, data)
         set_rate(what.learning_rate * min(1.0, 4 * (1 - (step - 1) / what.steps)))  # constant, then linearly to zero
-        loss = steppers[what.steps_for(most)](x, odd)
+        steps = what.steps_for(most)
+        loss = steppers[ends.randint(steps, what.max_steps) if what.vary_steps else steps](x, odd)
         if most < highest and step % LOOK_EVERY == 0:
             hardest, = measure(model, most, most, what.size, LOOKED_AT, data, what.steps_for(most))
             most = min(highest, most + max(1, most // 8)) if hardest["accuracy"] >= what.mastery else most

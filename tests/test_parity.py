@@ -92,6 +92,20 @@ def test_more_elements_and_steps_come_as_they_are_learned() -> None:
     assert [replace(shared, mastery=0.9).steps_for(k) for k in (2, 5, 15, 16)] == [2, 3, 8, 8]
 
 
+def test_the_number_of_steps_may_vary_and_the_test_may_have_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, forward = [], PonderGRU.forward
+
+    def spy(model: PonderGRU, x: torch.Tensor, steps: int | None = None) -> Answers:
+        asked.append((model.training and torch.is_grad_enabled(), steps))
+        return forward(model, x, steps)
+
+    monkeypatch.setattr(PonderGRU, "forward", spy)
+    result = train(Experiment(size=8, hidden=8, steps=60, max_steps=6, test_steps=9, mastery=2.0, vary_steps=1),
+                   lambda _: None)
+    assert {steps for learning, steps in asked if learning} == {2, 3, 4, 5, 6}, "up to all of them from the start"
+    assert asked[-1] == (False, 9) and len(result["by_nonzero"]) == 8
+
+
 def test_the_command_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, state = tmp_path / "parity.json", torch.get_rng_state()
     options = ["--task", "extrapolation", "--steps", "60", "--size", "8", "--hidden", "8", "--max-steps", "3"]

@@ -36,7 +36,7 @@ PONDER: dict[str, dict[str, Any]] = {
     "ponder_flat": _ponder(0.05, 0.1),  # nearly every step as likely: the later ones are trained as much as the first
     "ponder_product": _ponder(0.3, 0.1),  # the product's defaults
     "ponder_late": _ponder(0.3, 0.1, 0.25, 0.75),  # at full depth alone, then ever more by PonderNet's loss
-    "ponder_flat_late": _ponder(0.05, 0.1, 0.25, 0.75),
+    "ponder_later": _ponder(0.3, 0.1, 0.5, 0.9),
     "ponder_flat_weak": _ponder(0.05, 0.03),
     "ponder_flat_strong": _ponder(0.05, 0.3),
     BUDGET: _ponder(0.05, 1.0),
@@ -44,7 +44,7 @@ PONDER: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {**{name: _fixed(times) for times, name in FIXED.items()}, **PONDER}
 # What decides first; then the other ways to train, and how much the first steps are worth.
 TIERS: tuple[tuple[str, ...], ...] = (
-    (FULL, "fixed_3", "fixed_2", "ponder_late", "ponder_flat_late", "ponder_product", "ponder_flat"),
+    (FULL, "fixed_3", "fixed_2", "ponder_late", "ponder_later", "ponder_product", "ponder_flat"),
     ("ponder_flat_weak", BUDGET, "fixed_1", "ponder_flat_strong"),
 )
 
