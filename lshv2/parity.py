@@ -211,7 +211,8 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
         steps = what.steps_for(most)
         loss = steppers[ends.randint(steps, what.max_steps) if what.vary_steps else steps](x, odd)
         if most < highest and step % LOOK_EVERY == 0:
-            hardest, = measure(model, most, most, what.size, LOOKED_AT, data, what.steps_for(most))
+            enough = what.max_steps if what.vary_steps else what.steps_for(most)
+            hardest, = measure(model, most, most, what.size, LOOKED_AT, data, enough)
             most = min(highest, most + max(1, most // 8)) if hardest["accuracy"] >= what.mastery else most
         total += loss
         since += 1
