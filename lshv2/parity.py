@@ -141,9 +141,9 @@ class Experiment:
 
     reach: see `PonderGRU`; prior and beta: see `ponder_loss`. mastery: the accuracy at the most non-zero elements in
     training from which on there may be more, from 2 on, one in eight at a time; every other batch is of the hardest
-    few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: as trained at most.
-    vary_steps: 1 gives each batch a number of ponder steps between that and `max_steps`, by chance, so that no answer
-    can wait for a last step that is known.
+    few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: `max_steps`.
+    vary_steps: 1 lets each batch have any number of ponder steps from its own to `max_steps`, by chance, so that no
+    answer can wait for a last step that is known.
     """
 
     task: str = "interpolation"
@@ -161,13 +161,15 @@ class Experiment:
     mastery: float = 0.0
     vary_steps: int = 0
 
-    def steps_for(self, most: int) -> int:
-        """Ponder steps in training with so many non-zero elements: with mastery their share of the vector's.
+    def steps_for(self, most: int) -> tuple[int, int]:
+        """Fewest and most ponder steps in training with so many non-zero elements: with mastery their share of what
+        training comes to.
 
         Were there more than the easy ones need, they would be used: steps cost little at the paper's β.
         """
-        share = math.ceil(self.max_steps * most / self.size) if self.mastery else self.max_steps
-        return min(self.max_steps, max(2, share))
+        share = math.ceil(self.max_steps * most / self.trained[1]) if self.mastery else self.max_steps
+        fewest = min(self.max_steps, max(2, share))
+        return fewest, self.max_steps if self.vary_steps else fewest
 
     @property
     def trained(self) -> tuple[int, int]:
@@ -191,6 +193,7 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
     lowest, highest = what.trained
     most = min(2, highest) if what.mastery else highest
     set_rate, ends = rate_setter(optimizer, device), random.Random(what.seed)
+    asked = what.test_steps or what.max_steps
 
     def one(steps: int, x: Tensor, odd: Tensor) -> Tensor:
         loss = loss_of(model, x, odd, what.prior, what.beta, steps)
@@ -208,30 +211,28 @@ def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, 
         least = max(lowest, most - HARDEST) if most < highest and step % 2 else lowest
         x, odd = draw(what.batch_size, least, most, what.size, data)
         set_rate(what.learning_rate * min(1.0, 4 * (1 - (step - 1) / what.steps)))  # constant, then linearly to zero
-        steps = what.steps_for(most)
-        loss = steppers[ends.randint(steps, what.max_steps) if what.vary_steps else steps](x, odd)
+        loss = steppers[ends.randint(*what.steps_for(most))](x, odd)
         if most < highest and step % LOOK_EVERY == 0:
-            enough = what.max_steps if what.vary_steps else what.steps_for(most)
-            hardest, = measure(model, most, most, what.size, LOOKED_AT, data, enough)
+            hardest, = measure(model, most, most, what.size, LOOKED_AT, data, what.steps_for(most)[1])
             most = min(highest, most + max(1, most // 8)) if hardest["accuracy"] >= what.mastery else most
         total += loss
         since += 1
         if step % every == 0 or step == what.steps:
-            seen, test = (mean_of(measure(model, *span, what.size, 64, data, what.test_steps or None))
+            seen, test = (mean_of(measure(model, *span, what.size, 64, data, asked))
                           for span in (what.trained, what.tested))
             curve.append(
                 {"step": step, "most_nonzero": most, "loss": total.item() / since, "trained": seen, "tested": test}
             )
             report(
                 f"step {step}, {time.perf_counter() - began:.0f} s, up to {most} elements: loss "
-                f"{curve[-1]['loss']:.4f}, accuracy as trained {seen['accuracy']:.3f} in {seen['steps']:.1f} steps, "
+                f"{curve[-1]['loss']:.4f}, accuracy where trained {seen['accuracy']:.3f} in {seen['steps']:.1f} steps, "
                 f"tested {test['accuracy']:.3f} in {test['steps']:.1f}"
             )
             total.zero_()
             since = 0
     seconds = time.perf_counter() - began
     fresh = torch.Generator(device).manual_seed(what.seed + 2**30)
-    rows = measure(model, 1, what.size, what.size, TEST_VECTORS, fresh, what.test_steps or None)
+    rows = measure(model, 1, what.size, what.size, TEST_VECTORS, fresh, asked)
     trained, tested = (mean_of(rows[low - 1 : high]) for low, high in (what.trained, what.tested))
     return {
         "device": str(device), "seconds": seconds, "trained": trained, "tested": tested, "by_nonzero": rows,

@@ -124,6 +124,13 @@ def load_run(path: str | Path) -> Run:
     return Run(path.resolve(), validate(content["settings"]))
 
 
+def run_of_config(path: Path) -> Run:
+    """The run folder of a `config.json`, as commands name it."""
+    if path.name != "config.json":
+        raise UserError(f"--config {path}: not a config.json of a run folder, such as runs/quick/config.json")
+    return load_run(path.parent)
+
+
 def list_runs(root: Path | None = None) -> list[Path]:
     """Folders with a `config.json` below `root` (two levels: committed references are grouped), newest first."""
     root = root or runs_root()

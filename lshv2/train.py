@@ -45,7 +45,7 @@ from lshv2.model import LSHModel
 from lshv2.parallel.launch import run_torchrun, tell_outcome, told_to, under_torchrun
 from lshv2.parallel.layout import WHOLE, Layout, language_layout, recall_layout
 from lshv2.parallel.ranks import ALONE, Ranks, join
-from lshv2.runs import SCHEMA, Run, hold, load_run, read_json, write_json
+from lshv2.runs import SCHEMA, Run, hold, read_json, run_of_config, write_json
 from lshv2.stopping import Stopped
 from lshv2.trainer import Trainer, pick_device
 
@@ -184,9 +184,7 @@ def main(arguments: list[str]) -> int:
     path = Path(parser.parse_args(arguments).config)
     first = os.environ.get("RANK", "0") == "0"
     try:
-        if path.name != "config.json":
-            raise UserError(f"--config {path}: not a config.json of a run folder, such as runs/quick/config.json")
-        run = load_run(path.parent)
+        run = run_of_config(path)
         # one writer a run folder: the first process, unless whoever started torchrun is it
         with hold(run.path, "python -m lshv2.train") if first and not told_to() else nullcontext(), join() as ranks:
             if under_torchrun():

@@ -16,6 +16,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -43,6 +44,30 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folders of every state, as the dashboard finds them."""
+    from example_runs import example_runs
+
+    return example_runs(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture
+def shown_runs(tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private copy of the examples, as the dashboard's runs folder."""
+    runs = tmp_path / "runs"
+    shutil.copytree(examples, runs)
+    monkeypatch.setenv("LSHV2_RUNS", str(runs))
+    return runs
+
+
+@pytest.fixture
+def dashboard_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dashboard_pages import DASHBOARD
+
+    monkeypatch.syspath_prepend(str(DASHBOARD))  # `streamlit run` does the same
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -21,6 +21,7 @@ from lshv2 import graphs
 from lshv2.arena import learn
 from lshv2.arena.judge import judge
 from lshv2.arena.phase import publish, run_arena
+from lshv2.arena.pool import in_order
 from lshv2.arena.recipes import ATTENTIONS, LONGEST, RECIPES, recipe
 from lshv2.arena.registry import get_task, task_names
 from lshv2.arena.study import ARENA, Job, _configure, missing, plan, rows_of, run_job
@@ -193,6 +194,13 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     assert run_job(changed, tmp_path) == 2 and weights.stat().st_mtime_ns != before
     last = list(rows_of(tmp_path).values())[-1]
     assert last["steps"] == 5 and last["trained_as"] == changed.trained_as
+
+
+def test_a_seed_comes_before_the_next_and_its_longest_jobs_first() -> None:
+    jobs = [job for steps in (4, 5) for job in small_plan("induction", attentions=("lsh", "dense"), seeds=(0, 1),
+                                                          changes={"steps": steps})]
+    assert [(job.seed, job.recipe.steps) for job in in_order(jobs)] == [(0, 5)] * 2 + [(0, 4)] * 2 + [(1, 5)] * 2 + [
+        (1, 4)] * 2
 
 
 def test_a_task_of_another_version_is_trained_and_judged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,11 @@ def test_more_elements_and_steps_come_as_they_are_learned() -> None:
     assert {point["most_nonzero"] for point in at_once["curve"]} == {16}
     learned = [result["tested"]["accuracy"] for result in (at_once, by_and_by)]
     assert learned[1] > learned[0] + 0.05, learned
-    assert [shared.steps_for(k) for k in (2, 16)] == [8, 8]
-    assert [replace(shared, mastery=0.9).steps_for(k) for k in (2, 5, 15, 16)] == [2, 3, 8, 8]
+    assert [shared.steps_for(k) for k in (2, 16)] == [(8, 8)] * 2
+    assert [replace(shared, mastery=0.9).steps_for(k) for k in (2, 5, 15, 16)] == [(2, 2), (3, 3), (8, 8), (8, 8)]
+    assert replace(shared, mastery=0.9, vary_steps=1).steps_for(5) == (3, 8)
+    half = replace(shared, mastery=0.9, task="extrapolation")
+    assert [half.steps_for(k)[0] for k in (4, 8)] == [4, 8], "all that it is trained on, with all steps"
 
 
 def test_the_number_of_steps_may_vary_and_the_test_may_have_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 `depth-N`: bytes of real text in windows of N tokens, two tied blocks applied up to four times, the product's
 attention. `full_depth` always applies them four times; `fixed_k` only k times, trained so: the control that any rule
 for halting has to beat at the same mean number of steps. `ponder_*` train all four steps' answers by PonderNet's loss,
-and are asked at full depth and at thresholds (`lshv2.ablation.depth`).
+and are asked at full depth and at thresholds (`lshv2.ablation.depth`); `ponder_late` and `ponder_later` begin at full
+depth alone and come to that loss.
 
 The prior is a geometric one truncated at four steps and renormalised, so its mean never exceeds 2.5 (λ_p 0.05: 2.44;
 0.3: 2.07); how many steps are taken is chosen by the threshold afterwards. β 0.01 is left out: there every token learns

@@ -27,12 +27,11 @@ def run_pool(
 ) -> int:
     """Run what is missing; returns how many jobs are left. gpus: one entry a process, "" for one on the CPU.
 
-    Of a seed's jobs the longest are begun first, so that the last ones end together. time_limit: seconds after which no
-    job is started. A job that fails is said and left; the others go on. on_done: called after each that ended, well or
-    not.
+    time_limit: seconds after which no job is started. A job that fails is said and left; the others go on. on_done:
+    called after each that ended, well or not.
     """
     rows = rows_of(folder)
-    todo = sorted((job for job in jobs if missing(job, rows)), key=lambda job: (job.seed, -_work_of(job)))
+    todo = in_order([job for job in jobs if missing(job, rows)])
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     for gpu in gpus:
@@ -51,9 +50,10 @@ def run_pool(
     return sum(bool(missing(job, rows)) for job in jobs)
 
 
-def _work_of(job: Job) -> int:
-    """What a job costs, roughly: tokens trained, times layers."""
-    return job.recipe.steps * job.recipe.tokens * job.config.n_layers
+def in_order(jobs: list[Job]) -> list[Job]:
+    """All of a seed before the next seed's; of a seed the longest (tokens trained, times layers) first, so that the
+    last ones end together."""
+    return sorted(jobs, key=lambda job: (job.seed, -job.recipe.steps * job.recipe.tokens * job.config.n_layers))
 
 
 def _choose_gpu(queue: multiprocessing.Queue[str]) -> None:

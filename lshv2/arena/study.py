@@ -67,7 +67,7 @@ def plan(
     lengths: Sequence[int] | None = None, small: bool = False, plugins: Sequence[str] = (),
     changes: dict[str, Any] | None = None,
 ) -> list[Job]:
-    """Jobs, all tasks and models of the first seed before the next seed's. Raises UserError for an unknown task.
+    """Jobs; `run_pool` decides their order. Raises UserError for an unknown task.
 
     lengths: None takes the recipe's; those too short for a task are left out. changes: of every recipe, fields by name.
     """
@@ -85,7 +85,7 @@ def plan(
             for attention in attentions:
                 twin = how.twin(attention)
                 jobs.append(Job(name, attention, seed, twin, judged, _settings(name, attention), tuple(plugins)))
-    return sorted(jobs, key=lambda job: job.seed)
+    return jobs
 
 
 def _settings(task: str, attention: str) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:

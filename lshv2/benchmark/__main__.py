@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lshv2.benchmark.suite import run_benchmark
 from lshv2.errors import UserError
-from lshv2.runs import hold, load_run
+from lshv2.runs import hold, run_of_config
 
 
 def main(arguments: list[str]) -> int:
@@ -20,9 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, type=Path, help="the config.json of a run folder")
     path = parser.parse_args(arguments).config
     try:
-        if path.name != "config.json":
-            raise UserError(f"--config {path}: not a config.json of a run folder, such as runs/quick/config.json")
-        run = load_run(path.parent)
+        run = run_of_config(path)
         with hold(run.path, "python -m lshv2.benchmark"):
             run_benchmark(run)
     except UserError as error:
