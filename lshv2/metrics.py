@@ -49,7 +49,7 @@ def write_training_metrics(
 ) -> dict[str, Any]:
     """Consolidate `metrics.jsonl`; the two dicts are scalars to put beside each task's columns."""
     records, problem = read_jsonl(run.metrics)
-    if problem:
+    if problem and run.metrics.exists():  # a training that begins has none
         print(problem)
     content = {
         "schema": SCHEMA, "state": state, **columns(standing(records, "language_model")), **language_model,

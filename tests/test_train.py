@@ -14,7 +14,7 @@ import torch
 from lshv2.checkpoint import find_checkpoint
 from lshv2.data import ensure
 from lshv2.errors import UserError
-from lshv2.metrics import TRAIN_COLUMNS
+from lshv2.metrics import TRAIN_COLUMNS, write_training_metrics
 from lshv2.model import LSHModel
 from lshv2.runs import Run, append_jsonl, hold, open_run
 from lshv2.train import language_task, main, sample_text, train_run
@@ -53,6 +53,17 @@ def test_it_learns_and_measures(finished: Run) -> None:
     assert max(metrics["learning_rate"]) <= 3e-3 and metrics["learning_rate"][-1] < 0.11 * 3e-3
     assert metrics["recall"]["chance"] == pytest.approx(1 / 16)
     assert len(metrics["recall"]["accuracy"]) >= 2
+
+
+def test_a_training_that_begins_says_nothing_of_metrics_and_a_broken_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(tmp_path / "run", preset="test")
+    write_training_metrics(run, "running", {}, {})
+    assert capsys.readouterr().out == ""
+    run.metrics.write_text("{broken\n{}\n")
+    write_training_metrics(run, "running", {}, {})
+    assert capsys.readouterr().out.startswith("metrics.jsonl line 1 is broken")
 
 
 def test_the_trained_model_goes_on_from_held_out_text(finished: Run) -> None:
