@@ -166,7 +166,7 @@ ROWS = [
       for seed in range(3)),
     *(row("ponder_flat", seed, 1.02, [(2.9, 1.03), (3.5, 1.02)]) for seed in range(2)),
     row("ponder_product", 0, 1.1, [(3.1, 1.02)]),
-    row("ponder_flat_weak", 7, 0.1, [(2.0, 0.1)]),
+    row("ponder_late_weak", 7, 0.1, [(2.0, 0.1)]),
 ]
 
 
