@@ -28,7 +28,7 @@ from lshv2.model import LSHModel
 from lshv2.ponder import expected_steps, halting_log_probs, prior_divergence
 from lshv2.trainer import Trainer
 
-MEAN_STEPS = (1.25, 1.5, 2.0, 2.5, 2.9, 3.5)  # asked for; 2.9 of 4 leaves room below a quarter fewer
+MEAN_STEPS = (1.25, 1.5, 2.0, 2.5, 2.8, 2.9, 3.5)  # asked for; held-out text takes up to .1 more: below 3 of 4
 LOOKED = 2.9  # where the steps are told apart by how hard a token is
 CALIBRATION = 1 << 18  # tokens of training text
 QUARTERS = 4

@@ -23,7 +23,8 @@ SAVED = 0.25  # of full depth's steps, at least
 WORSE = 0.01  # in bits per byte, at most
 SEEDS = 3  # fewer are a lead
 # Okabe and Ito's, a colour a variant
-COLOURS = dict(zip(PONDER, ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999933", "#CC79A7", "#E69F00"),
+COLOURS = dict(zip(PONDER, ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999933", "#CC79A7", "#E69F00",
+                            "#444444"),
                    strict=True))
 
 

@@ -38,6 +38,7 @@ PONDER: dict[str, dict[str, Any]] = {
     "ponder_product": _ponder(0.3, 0.1),  # the product's defaults
     "ponder_late": _ponder(0.3, 0.1, 0.25, 0.75),  # at full depth alone, then ever more by PonderNet's loss
     "ponder_later": _ponder(0.3, 0.1, 0.5, 0.9),
+    "ponder_late_mild": _ponder(0.3, 0.03, 0.25, 0.75),
     "ponder_late_weak": _ponder(0.3, 0.01, 0.25, 0.75),  # and hard tokens may keep nearly all of p at the last step
     "ponder_later_weak": _ponder(0.3, 0.01, 0.5, 0.9),
     BUDGET: _ponder(0.05, 1.0),
@@ -45,7 +46,7 @@ PONDER: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {**{name: _fixed(times) for times, name in FIXED.items()}, **PONDER}
 # What decides first; then the other ways to train, and how much the first steps are worth.
 TIERS: tuple[tuple[str, ...], ...] = (
-    (FULL, "fixed_3", "fixed_2", "ponder_late", "ponder_later", "ponder_late_weak", "ponder_later_weak"),
+    (FULL, "fixed_3", "fixed_2", "ponder_late_mild", "ponder_late_weak", "ponder_later_weak", "ponder_late", "ponder_later"),
     ("ponder_product", "ponder_flat", "fixed_1", BUDGET),
 )
 

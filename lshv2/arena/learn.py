@@ -29,7 +29,7 @@ from lshv2.model import LSHModel
 from lshv2.optimizer import make_optimizer, scheduled
 
 Drawn = tuple[np.ndarray, np.ndarray]
-AHEAD = 12  # steps drawn ahead
+AHEAD = 20  # steps drawn ahead
 CHECK_EVERY = 100  # steps between looks at the loss, for which the device is waited for
 TRAINING, JUDGING = 0, 1  # streams of random numbers
 
@@ -102,9 +102,9 @@ def train(
 
 def _drawn(task: ArenaTask, recipe: Recipe, seed: int, device: torch.device) -> Iterator[Batch]:
     """Batches of all steps, drawn some steps ahead by others."""
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(16 if task.in_processes else 8, os.cpu_count() or 1)
     if task.in_processes:
-        pool: Executor = ProcessPoolExecutor(min(8, workers), multiprocessing.get_context("spawn"))
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     else:
         pool = ThreadPoolExecutor(workers)
     with pool:
