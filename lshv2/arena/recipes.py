@@ -51,6 +51,7 @@ class Recipe:
 
 SHORT = (32, 64, 128, 256, 512, 1024, 2048)  # in the shortest the window alone shows what is asked: where it begins
 WHOLE = (*SHORT[2:], 8192, 32_768, 131_072)  # trained where they are judged: at 131,072 tokens keys have closer rivals
+FARTHEST = (*WHOLE, *(131_072,) * 3)  # what has to be found many times in a row, most often where it is hardest
 CONTENT = {"rotary_heads": 0.0}  # positions beyond the trained lengths mean nothing
 # without a convolution MQAR is learnt sooner; a cell holds 32 keys of 131,072, and W = 64 are visible
 RECALL = {**CONTENT, "short_conv": 0, "n_buckets": 4096}
@@ -66,9 +67,9 @@ RECIPES: dict[str, Recipe] = {
     "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
     "selective_copying": Recipe(COPIED, 8000, settings=COPY),
     "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY),
-    "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings={**SEARCH, "n_rounds": 32}),
+    "passkey": Recipe((16, 32, 64, *FARTHEST), 5000, settings={**SEARCH, "n_rounds": 32}),
     "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
-    "uuid_needle": Recipe((48, 64, 96, *WHOLE), 5000, settings=SEARCH),
+    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 8000, settings=SEARCH),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
     "listops": Recipe((*SHORT[:-1], 2001, 2001), 6000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
