@@ -4,12 +4,16 @@
 
 A vector of `size` elements, k of them +1 or −1 by chance, the others 0; is the number of +1 odd? More non-zero elements
 are harder. Interpolation trains and tests on k = 1 .. size; extrapolation trains on 1 .. size/2 and tests above.
-One GRU cell reads the whole vector in every step; after step n its state gives an answer and the halting logit, and
+One GRU cell reads the whole vector in every step, or with `--look M` the M elements that come first in a learned order
+and were not read yet (`lshv2.parity_networks`); after step n its state gives an answer and the halting logit, and
 `lshv2.ponder` weighs them, with the distribution and the divergence that train the language model. `--max-steps 1` is
 the control without pondering. Not as in the paper: the learning rate falls to zero over the last quarter. Further from
-it, and off by default: `--reach` wires each unit to few elements; `--mastery` begins with one or two non-zero elements
-and two steps, and gives more of both as they are learned (a curriculum, Bengio et al. 2009). What was found stands in
-CONTRIBUTING.
+it, and off by default: `--look`; `--reach` wires each unit to few elements; `--mastery` begins with one or two non-zero
+elements and two steps, and gives more of both as they are learned (a curriculum, Bengio et al. 2009). What was found
+stands in CONTRIBUTING; the reference is
+
+    python -m lshv2.parity --out parity.json --task extrapolation --look 6 --hidden 64 --mastery 0.95 \
+        --learning-rate 2e-3 --steps 2500
 
 The report holds, for each k, the accuracy and steps of sampled halting as exact expectations under p (no draw: Σ p_n
 over the right answers), and those of the deterministic rule at `THRESHOLD`.
@@ -27,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +39,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lshv2.graphs import GraphedStep, rate_setter
 from lshv2.machine import environment
-from lshv2.ponder import expected_steps, halting_log_probs, ponder_loss
+from lshv2.parity_networks import PonderGRU, PonderReader
+from lshv2.ponder import expected_steps, ponder_loss
 from lshv2.runs import write_json
 
 THRESHOLD = 0.5  # of the cumulative halting probability, as ModelConfig's
@@ -45,49 +50,7 @@ TEST_VECTORS = 1000  # for each number of non-zero elements
 LOOK_EVERY, LOOKED_AT = 50, 256  # steps between looks at whether the hardest are learned; vectors of a look
 HARDEST = 3  # fewer than the most non-zero elements, at most, in every other batch
 SCHEMA = 1
-
-
-class Answers(NamedTuple):
-    """Of every step: logits of "odd" and log p of halting there, each [N,1,B] (a batch of one row of B tokens)."""
-
-    odd: Tensor
-    log_p: Tensor
-
-
-class PonderGRU(nn.Module):
-    """h_n = GRU(x, h_{n−1}) from h_0 = 0, `max_steps` times with the same input; weights drawn from a seed.
-
-    reach: each unit is wired to so many neighbouring elements only; 0: to all.
-    """
-
-    wired: Tensor
-
-    def __init__(self, size: int, hidden: int, max_steps: int, reach: int, prior: float, seed: int) -> None:
-        super().__init__()
-        self.max_steps = max_steps
-        first = torch.arange(hidden)[:, None] * size // hidden
-        wired = ((torch.arange(size) - first) % size < (reach or size)).repeat(3, 1)
-        self.register_buffer("wired", wired)  # [3h,S]: of the reset, update and new gates
-        with torch.random.fork_rng(devices=[]):  # torch's own layers draw from the global generator
-            torch.manual_seed(seed)
-            self.cell = nn.GRU(size, hidden)
-            self.heads = nn.Linear(hidden, 2)
-            if reach:
-                nn.init.uniform_(self.cell.get_parameter("weight_ih_l0"), -(reach**-0.5), reach**-0.5)
-        self.cut()
-        with torch.no_grad():
-            self.heads.bias[1] = math.log(prior / (1 - prior))  # start at the prior
-
-    @torch.no_grad()
-    def cut(self) -> None:
-        """Zero what is not wired; after each optimizer step."""
-        self.cell.get_parameter("weight_ih_l0").mul_(self.wired)
-
-    def forward(self, x: Tensor, steps: int | None = None) -> Answers:
-        """x [B,S] of −1, 0 and 1; steps: instead of `max_steps`."""
-        states, _ = self.cell(x.expand(steps or self.max_steps, *x.shape).contiguous())
-        odd, halt = self.heads(states).unbind(-1)
-        return Answers(odd[:, None], halting_log_probs(halt[:, None]))
+Network = PonderGRU | PonderReader
 
 
 def draw(count: int, low: int, high: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -101,7 +64,7 @@ def draw(count: int, low: int, high: int, size: int, generator: torch.Generator)
 
 
 def loss_of(
-    model: PonderGRU, x: Tensor, odd: Tensor, prior: float, beta: float, steps: int | None = None
+    model: Network, x: Tensor, odd: Tensor, prior: float, beta: float, steps: int | None = None
 ) -> Tensor:
     """`ponder_loss` of binary cross entropies."""
     answers = model(x, steps)
@@ -112,7 +75,7 @@ def loss_of(
 
 @torch.no_grad()
 def measure(
-    model: PonderGRU, low: int, high: int, size: int, count: int, generator: torch.Generator, steps: int | None = None
+    model: Network, low: int, high: int, size: int, count: int, generator: torch.Generator, steps: int | None = None
 ) -> list[dict[str, Any]]:
     """For each number of non-zero elements: `nonzero accuracy steps` of sampled halting, and `threshold_...`."""
     rows = []
@@ -139,9 +102,9 @@ def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 class Experiment:
     """Which task, and how it is learned; learning_rate is Adam's in the first three quarters.
 
-    reach: see `PonderGRU`; prior and beta: see `ponder_loss`. mastery: the accuracy at the most non-zero elements in
-    training from which on there may be more, from 2 on, one in eight at a time; every other batch is of the hardest
-    few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: `max_steps`.
+    look: see `PonderReader`; 0: the paper's network. reach: see `PonderGRU`; prior and beta: see `ponder_loss`.
+    mastery: the accuracy at the most non-zero elements in training from which on there may be more, from 2 on, one in
+    eight at a time; every other batch is of the hardest few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: `max_steps`.
     vary_steps: 1 lets each batch have any number of ponder steps from its own to `max_steps`, by chance, so that no
     answer can wait for a last step that is known.
     """
@@ -153,6 +116,7 @@ class Experiment:
     hidden: int = 128
     max_steps: int = 20
     test_steps: int = 0
+    look: int = 0
     reach: int = 0
     prior: float = 0.2
     beta: float = 0.01
@@ -171,6 +135,12 @@ class Experiment:
         fewest = min(self.max_steps, max(2, share))
         return fewest, self.max_steps if self.vary_steps else fewest
 
+    def network(self) -> Network:
+        """The network before any training."""
+        if self.look:
+            return PonderReader(self.size, self.hidden, self.max_steps, self.look, self.prior, self.seed)
+        return PonderGRU(self.size, self.hidden, self.max_steps, self.reach, self.prior, self.seed)
+
     @property
     def trained(self) -> tuple[int, int]:
         """Fewest and most non-zero elements in training."""
@@ -185,7 +155,7 @@ class Experiment:
 def train(what: Experiment, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Train and test: `device seconds`, means `trained` and `tested` over k, `by_nonzero` rows, `curve`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = PonderGRU(what.size, what.hidden, what.max_steps, what.reach, what.prior, what.seed).to(device)
+    model = what.network().to(device)
     data = torch.Generator(device).manual_seed(what.seed)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     every, since = max(1, what.steps // CURVE_POINTS), 0

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lshv2 import parity
-from lshv2.parity import Answers, Experiment, PonderGRU, draw, loss_of, measure, train
+from lshv2.parity import Experiment, draw, loss_of, measure, train
+from lshv2.parity_networks import Answers, PonderGRU
 from lshv2.ponder import halting_log_probs
 
 
