@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lshv2.arena_results import ACCURACY, BITS, NEEDLES, PICTURE, TASKS, Arena, Summary, label_place, read_arena
-from lshv2.arena_views import levels, lines, quality_lengths, shown_score, trained_to
+from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, shown_score, trained_to
 from lshv2.axes import short
 from lshv2.errors import UserError
 from lshv2.plots import COLOURS, MARKERS, REFERENCE, label, length_axis
@@ -144,12 +144,8 @@ def _draw_group(axis: Axes, here: list[Summary], name: str) -> None:
 def _draw_quality(axis: Axes, here: list[Summary], title: str) -> None:
     """LSH by keys a query, a line a number of rounds; twins as levels, or as lines where they were swept too."""
     times, unit = _unit(here[0].metric)
-    swept = sorted((s for s in here if s.model == "lsh" and s.get("keys_a_query") > 0),
-                   key=lambda s: (s.get("rounds"), s.get("keys_a_query")))
-    by_rounds: dict[str, list[Summary]] = {}
-    for s in swept:
-        by_rounds.setdefault(f"LSH, rounds {s.get('rounds'):g}", []).append(s)
-    joined = [(name, line, ROUNDS[n % len(ROUNDS)]) for n, (name, line) in enumerate(by_rounds.items())]
+    joined = [(name, line, ROUNDS[n % len(ROUNDS)]) for n, (name, line) in enumerate(quality_lines(here).items())]
+    keys = sorted({s.get("keys_a_query") for _, line, _ in joined for s in line})
     for name, line in lines([s for s in here if s.model != "lsh"]).items():
         colour = COLOURS.get(line[0].model, OTHER)
         if len({s.get("keys_a_query") for s in line}) > 1:
@@ -162,7 +158,6 @@ def _draw_quality(axis: Axes, here: list[Summary], title: str) -> None:
         axis.errorbar([s.get("keys_a_query") for s in line], middle, yerr=spread, color=colour, marker="o",
                       markersize=4, linewidth=1.3, capsize=2, label=name)
     axis.set_xscale("log", base=2)
-    keys = sorted({s.get("keys_a_query") for s in swept})
     axis.set_xticks(keys, [f"{key:,.0f}" for key in keys])
     axis.set_xticks([], minor=True)
     label(axis, f"{title} at {here[0].seq_len:,} tokens", "keys a query", unit)

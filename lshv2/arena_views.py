@@ -62,6 +62,24 @@ def quality_lengths(summaries: Sequence[Summary]) -> list[int]:
     return sorted(length for length, keys in seen.items() if len(keys) > 1)
 
 
+def quality_lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Of LSH at one length: name -> what one line joins, by keys a query: a line a number of rounds, and of cells.
+
+    Where shapes of attention were trained each for itself, those alone: what one model does when asked with other
+    rounds than it was trained with is another question.
+    """
+    lsh = [s for s in summaries if s.model == "lsh" and s.seeds and s.get("keys_a_query") > 0]
+    lsh = [s for s in lsh if s.setting.startswith("R ")] or lsh
+    cells = [s.get("n_buckets") for s in lsh]
+    usual = max(set(cells), key=cells.count, default=NAN)
+    found: dict[str, list[Summary]] = {}
+    for s in sorted(lsh, key=lambda s: (s.get("rounds"), s.get("n_buckets"), s.get("keys_a_query"))):
+        other = s.get("n_buckets") != usual and math.isfinite(s.get("n_buckets"))
+        name = f"LSH, rounds {s.get('rounds'):g}" + (f", {s.get('n_buckets'):,.0f} cells" if other else "")
+        found.setdefault(name, []).append(s)
+    return found
+
+
 def shown_score(value: float, metric: str) -> str:
     """`99.1 %`, or `1.234` of bits per byte; "" where not measured. Nothing below 100 % is rounded to it."""
     if not math.isfinite(value):

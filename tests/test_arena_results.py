@@ -13,7 +13,7 @@ from example_arena import arena_rows, write_arena
 from lshv2 import readme
 from lshv2.arena_plots import draw_arena, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
-from lshv2.arena_views import levels, lines, quality_lengths, shown_score, spread
+from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, shown_score, spread
 from lshv2.errors import UserError
 from lshv2.runs import append_jsonl, write_json
 
@@ -120,6 +120,20 @@ def test_levels_take_the_strongest_shortcut_in_the_metrics_own_direction(tmp_pat
 def test_nothing_below_100_percent_is_shown_as_it() -> None:
     shown = [shown_score(value, "accuracy") for value in (1, 0.99999, 0.9996, 0.9994, 0.9912, 0.000244, 0, math.nan)]
     assert shown == ["100 %", "99.99 %", "99.96 %", "99.94 %", "99.1 %", "0.024 %", "0 %", ""]
+
+
+def test_the_quality_curve_joins_shapes_that_were_trained_and_differ_in_one_thing(tmp_path: Path) -> None:
+    def row(setting: str, rounds: int, keys: int, cells: int) -> dict[str, Any]:
+        return {**ROW, "setting": setting, "rounds": rounds, "keys_a_query": keys, "n_buckets": cells}
+
+    asked = [row("", 4, 324, 16), row("rounds=1", 1, 132, 16)]
+    swept = [row("R 4, W 64, cells x 1", 4, 324, 16), row("R 4, W 16, cells x 1", 4, 132, 16),
+             row("R 4, W 64, cells x 4", 4, 324, 64), row("R 1, W 64, cells x 1", 1, 132, 16)]
+    found = {name: [s.get("keys_a_query") for s in line]
+             for name, line in quality_lines(arena(tmp_path / "a", *asked, *swept).of("mqar", None)).items()}
+    assert found == {"LSH, rounds 1": [132], "LSH, rounds 4": [132, 324], "LSH, rounds 4, 64 cells": [324]}
+    only_asked = quality_lines(arena(tmp_path / "b", *asked).of("mqar", None))
+    assert list(only_asked) == ["LSH, rounds 1", "LSH, rounds 4"]
 
 
 def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from lshv2.arena_results import ACCURACY, BITS, Summary, label_place
-from lshv2.arena_views import levels, lines, shown_score, spread, trained_to
+from lshv2.arena_views import levels, lines, quality_lines, shown_score, spread, trained_to
 from lshv2.axes import short
 from ui.style import GREY, PALETTE, faded, figure, length_axis
 
@@ -131,14 +131,10 @@ def quality_chart(here: list[Summary]) -> go.Figure:
     """LSH by keys a query, a line a number of rounds. A twin is a level, or a line where it was swept as well."""
     metric, here = here[0].metric, [s for s in trained_to(here) if s.seeds]
     chart = figure("keys a query", _title(metric), log_x=True, height=440)
-    swept = sorted((s for s in here if s.model == "lsh" and s.get("keys_a_query") > 0),
-                   key=lambda s: (s.get("rounds"), s.get("keys_a_query")))
-    by_rounds: dict[str, list[Summary]] = {}
-    for s in swept:
-        by_rounds.setdefault(f"LSH, rounds {s.get('rounds'):g}", []).append(s)
-    for n, (title, line) in enumerate(by_rounds.items()):
+    swept = quality_lines(here)
+    for n, (title, line) in enumerate(swept.items()):
         _sweep(chart, title, line, PALETTE[(0, 4, 6, 1, 7)[n % 5]], "circle")
-    reach = [s.get("keys_a_query") for s in swept]
+    reach = [s.get("keys_a_query") for line in swept.values() for s in line]
     for title, line in lines([s for s in here if s.model != "lsh"]).items():
         colour, keys = _colour(line[0].model), {s.get("keys_a_query") for s in line}
         if len(keys) > 1:

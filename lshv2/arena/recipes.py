@@ -67,7 +67,7 @@ RECIPES: dict[str, Recipe] = {
     "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
     "selective_copying": Recipe(COPIED, 8000, settings=COPY),
     "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY),
-    "passkey": Recipe((16, 32, 64, *FARTHEST), 5000, settings={**SEARCH, "n_rounds": 32}),
+    "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings={**SEARCH, "n_rounds": 32}),
     "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
     "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 8000, settings=SEARCH),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
