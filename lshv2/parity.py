@@ -1,6 +1,6 @@
 """PonderNet's parity task (Banino, Balaguer & Blundell 2021): does the halting loss buy steps where they are needed?
 
-    python -m lshv2.parity --out parity.json --task extrapolation --steps 100000 --seed 0
+    python -m lshv2.parity --out parity.json --task extrapolation --steps 100000 --seeds 0 1 2
 
 A vector of `size` elements, k of them +1 or −1 by chance, the others 0; is the number of +1 odd? More non-zero elements
 are harder. Interpolation trains and tests on k = 1 .. size; extrapolation trains on 1 .. size/2 and tests above.
@@ -13,10 +13,10 @@ elements and two steps, and gives more of both as they are learned (a curriculum
 stands in CONTRIBUTING; the reference is
 
     python -m lshv2.parity --out parity.json --task extrapolation --look 6 --hidden 64 --mastery 0.95 \
-        --learning-rate 2e-3 --steps 2500
+        --learning-rate 2e-3 --steps 2500 --vary-steps 1 --seeds 0 1 2 3 4 5 6 7
 
-The report holds, for each k, the accuracy and steps of sampled halting as exact expectations under p (no draw: Σ p_n
-over the right answers), and those of the deterministic rule at `THRESHOLD`.
+The report holds, for each seed and k, the accuracy and steps of sampled halting as exact expectations under p (no draw:
+Σ p_n over the right answers), and those of the deterministic rule at `THRESHOLD`.
 Left out on purpose: resuming; a run takes minutes. The host never waits for the device but to write a line.
 Legend: N steps, B batch, S size, h hidden width.
 """
@@ -40,8 +40,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lshv2.graphs import GraphedStep, rate_setter
 from lshv2.machine import environment
 from lshv2.parity_networks import PonderGRU, PonderReader
+from lshv2.parity_report import draw as picture
 from lshv2.ponder import expected_steps, ponder_loss
-from lshv2.runs import write_json
+from lshv2.runs import atomic_path, write_json
 
 THRESHOLD = 0.5  # of the cumulative halting probability, as ModelConfig's
 CLIP = 1.0  # gradient norm
@@ -49,7 +50,7 @@ CURVE_POINTS = 50
 TEST_VECTORS = 1000  # for each number of non-zero elements
 LOOK_EVERY, LOOKED_AT = 50, 256  # steps between looks at whether the hardest are learned; vectors of a look
 HARDEST = 3  # fewer than the most non-zero elements, at most, in every other batch
-SCHEMA = 1
+SCHEMA = 2
 Network = PonderGRU | PonderReader
 
 
@@ -89,7 +90,7 @@ def measure(
             "accuracy": (p * right).sum(0), "steps": expected_steps(answers.log_p),
             "threshold_accuracy": right.gather(0, first), "threshold_steps": first.float() + 1,
         }
-        rows.append({"nonzero": k, **{name: value.mean().item() for name, value in figures.items()}})
+        rows.append({"nonzero": k, **{name: round(value.mean().item(), 6) for name, value in figures.items()}})
     return rows
 
 
@@ -104,7 +105,8 @@ class Experiment:
 
     look: see `PonderReader`; 0: the paper's network. reach: see `PonderGRU`; prior and beta: see `ponder_loss`.
     mastery: the accuracy at the most non-zero elements in training from which on there may be more, from 2 on, one in
-    eight at a time; every other batch is of the hardest few until all are there. 0: all from the start. test_steps: ponder steps at most in the test; 0: `max_steps`.
+    eight at a time; every other batch is of the hardest few until all are there. 0: all from the start. test_steps:
+    ponder steps at most in the test; 0: `max_steps`.
     vary_steps: 1 lets each batch have any number of ponder steps from its own to `max_steps`, by chance, so that no
     answer can wait for a last step that is known.
     """
@@ -214,19 +216,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lshv2.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
+    parser.add_argument("--out", type=Path, required=True, help="the report, JSON; its picture lies beside it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one after the other; default: 0")
     for field in fields(Experiment):
+        if field.name == "seed":
+            continue
         choices = ("interpolation", "extrapolation") if field.name == "task" else None
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, choices=choices,
             help=f"default: {field.default}",
         )
     arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    what = Experiment(**arguments)
-    result = train(what, partial(print, flush=True))
-    write_json(out, {"schema": SCHEMA, "environment": environment(), "settings": asdict(what), **result})
-    print(f"{what.task}: {result['tested']}")
+    out, seeds = arguments.pop("out"), arguments.pop("seeds")
+    content: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "runs": []}
+    for seed in seeds:
+        what = Experiment(**arguments, seed=seed)
+        content["runs"].append({"settings": asdict(what), **train(what, partial(print, flush=True))})
+        write_json(out, content)
+        with atomic_path(out.with_suffix(".png")) as temporary:
+            picture(content["runs"]).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        print(f"{what.task}, seed {seed}: {content['runs'][-1]['tested']}", flush=True)
 
 
 if __name__ == "__main__":

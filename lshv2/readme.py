@@ -13,26 +13,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from lshv2.ablation.summary import ranking, table
-from lshv2.arena_results import NEEDLES, PICTURE, find_arenas, read_arena
-from lshv2.arena_targets import arena_targets
-from lshv2.arena_views import score_table
+from lshv2.arena_results import find_arenas
 from lshv2.benchmark_results import ATTENTIONS, Benchmark, Fit, Row, read_benchmark
 from lshv2.curves import read_training
 from lshv2.errors import UserError
-from lshv2.operator_results import (
-    NAMES,
-    OperatorResult,
-    OperatorRow,
-    Target,
-    find_operator_results,
-    read_operator,
-    shown,
-    verdict,
-)
+from lshv2.operator_results import find_operator_results
+from lshv2.parity_report import NAME as PARITY
 from lshv2.readers import read_manifest, read_settings
+from lshv2.readme_parts import arena_part, made_by, markdown, operator_parts, parity_part, ruled
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
 from lshv2.tolerant import mapping, number, objects, read_object, text
@@ -52,12 +42,14 @@ def results(runs: Path) -> str:
     ablations = sorted(path.parent for path in runs.glob("reference-*/*/ablation.json"))
     operators = [folder for folder in find_operator_results(runs) if folder.parent.name.startswith("reference-")]
     arenas = [folder for folder in find_arenas(runs) if folder.parent.name.startswith("reference-")]
-    parts = [part for folder in arenas if (part := _arena(folder, folder.relative_to(runs).as_posix()))]
-    parts += _operators({folder.relative_to(runs).as_posix(): folder for folder in operators})
+    parts = [part for folder in arenas if (part := arena_part(folder, folder.relative_to(runs).as_posix()))]
+    parts += operator_parts({folder.relative_to(runs).as_posix(): folder for folder in operators})
     trainings = sorted(path.parent for path in runs.glob("reference-*/*/training.json"))
     parts += [_training(folder, folder.relative_to(runs).as_posix()) for folder in trainings]
     parts += _trained(entries)
     parts += [part for entry in entries if (part := _part(entry))]
+    parities = sorted(path.parent for path in runs.glob(f"reference-*/*/{PARITY}.json"))
+    parts += [parity_part(folder, folder.relative_to(runs).as_posix()) for folder in parities]
     parts += [_ablation(folder, folder.relative_to(runs).as_posix()) for folder in ablations]
     return "\n\n".join(parts) or NONE_YET
 
@@ -75,18 +67,10 @@ def _part(entry: Entry) -> str | None:
     if benchmark is None or not benchmark.rows:
         return None
     manifest, _ = read_manifest(entry.path)
-    made_by = _made_by(manifest.environment if manifest else {})
+    origin = made_by(manifest.environment if manifest else benchmark.environment)
     unfinished = "" if benchmark.state == "done" else "; the benchmark was not finished"
-    head = f"**[{entry.key}](runs/{entry.key})**: {benchmark.device}, {benchmark.dtype}, {made_by}{unfinished}"
+    head = f"**[{entry.key}](runs/{entry.key})**: {benchmark.device}, {benchmark.dtype}, {origin}{unfinished}"
     return "\n\n".join([head, _table(benchmark), _exponents(benchmark), *([manifest.verdict] if manifest else [])])
-
-
-def _made_by(environment: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
-    """rows: a measurement goes on from them, at other commits too, so theirs count."""
-    torch, commit = (text(environment.get(key)) for key in ("torch", "commit"))
-    commits = sorted({text(row.get("commit"))[:7] for row in rows if row.get("commit")})
-    commits = commits or [one[:7] for one in commit.split(", ")]
-    return f"torch {torch or 'not recorded'}, commit {', '.join(commits) or 'not recorded'}"
 
 
 def _ablation(folder: Path, key: str) -> str:
@@ -95,7 +79,7 @@ def _ablation(folder: Path, key: str) -> str:
     environment, (rows, _) = mapping(content, "environment"), objects(content, "rows", "ablation.json")
     gpus = environment.get("gpus")
     device = text(gpus[0] if isinstance(gpus, list) and gpus else environment.get("cpu"))
-    head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {_made_by(environment, rows)}"
+    head = f"**[{key}](runs/{key})**, quality of language-model twins: {device}, {made_by(environment, rows)}"
     # the first studies had one task, and no name for it
     summaries = mapping(content, "summaries") or {"language": mapping(content, "summary")}
     parts = [f"{head}. Mean (lowest to highest seed); overlapping ranges are no ranking."]
@@ -116,9 +100,9 @@ def _training(folder: Path, key: str) -> str:
     content, _ = read_object(folder, "training.json")
     rows, _ = objects(content, "rows", "training.json")
     head = (f"**[{key}](runs/{key})**, training steps of the documented model, bfloat16, medians (20 to 80 %): "
-            f"{text(content.get('device'))}, {_made_by(mapping(content, 'environment'), rows)}")
+            f"{text(content.get('device'))}, {made_by(mapping(content, 'environment'), rows)}")
     parallels = [_parallel(path, key) for path in sorted(folder.glob("parallel*.json"))]
-    return "\n\n".join([head, _ruled(step_table(rows), (0, 2, 8)), *parallels])
+    return "\n\n".join([head, ruled(step_table(rows), (0, 2, 8)), *parallels])
 
 
 def _trained(entries: Sequence[Entry]) -> list[str]:
@@ -140,106 +124,19 @@ def _trained(entries: Sequence[Entry]) -> list[str]:
             ", ".join(filter(None, (training.device, commit[:7]))),
         ])
     head = "Language models trained, as far as they went:"
-    return ["\n\n".join([head, _ruled(cells, (0, 1, 5, 6))])] if cells[1:] else []
+    return ["\n\n".join([head, ruled(cells, (0, 1, 5, 6))])] if cells[1:] else []
 
 
 def _parallel(path: Path, key: str) -> str:
     content, _ = read_object(path.parent, path.name)
     equal, _ = objects(content, "equality", path.name)
     head = (f"[{path.name}](runs/{key}/{path.name}), the same step on {number(content.get('processes')):.0f} GPUs, "
-            f"medians: {text(content.get('device'))}, {_made_by(mapping(content, 'environment'))}")
+            f"medians: {text(content.get('device'))}, {made_by(mapping(content, 'environment'))}")
     if equal:
         first, later = (max(number(row.get(name)) for row in equal) for name in ("loss_first", "loss_later"))
         head += (f"; a small model's losses in float32 are one process's within {first:.0e} of them in the first step, "
                  f"{later:.0e} in the next")
-    return "\n\n".join([head, _ruled(parallel_table(objects(content, "rows", path.name)[0]), (0, 2, 4))])
-
-
-def _ruled(cells: list[list[str]], words: Sequence[int]) -> str:
-    """A table of cells, the heading first; words: columns that are no numbers."""
-    rules = ["---" if i in words else "---:" for i in range(len(cells[0]))]
-    return _markdown([cells[0], rules, *cells[1:]])
-
-
-def _operators(folders: dict[str, Path]) -> list[str]:
-    """Each reference's table; targets and picture once a device, of the one with the most rows."""
-    found = {key: result for key, folder in folders.items() if (result := read_operator(folder)[0])}
-    fullest: dict[str, str] = {}
-    for key, result in found.items():
-        if len(result.rows) > len(found[fullest.setdefault(result.device, key)].rows):
-            fullest[result.device] = key
-    parts = []
-    for key, result in found.items():
-        if rows := result.of("eager", batch_one=True):
-            parts.append(_operator(result, rows, key))
-            if key in fullest.values():
-                picture = _picture(folders[key], key, "attention.png", "time, speed-up and parts by length")
-                parts += [*_targets(result.targets), *picture]
-    return parts
-
-
-def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> str:
-    """One attention layer at batch 1: a line a length, a column a contender."""
-    unfinished = "" if result.state == "done" else "; not finished"
-    if result.left_out:
-        unfinished += f"; {len(result.left_out)} rows left out"
-    head = (f"**[{key}](runs/{key})**, one attention layer, forward + backward at batch 1, milliseconds (medians): "
-            f"{result.device}, {result.dtype}, {_made_by(result.environment)}{unfinished}")
-    names = [name for name in NAMES if any(row.contenders[name].get("both_ms") > 0 for row in rows
-                                           if name in row.contenders)]
-    factors = {s.seq_len: s.factor for s in result.speedups if s.mode == "eager" and s.batch_size == 1}
-    lines = [["tokens", *(NAMES[name] for name in names), "fastest dense ÷ LSH"], ["---:"] * (len(names) + 2)]
-    for row in rows:
-        times = [row.contenders[name].get("both_ms") if name in row.contenders else math.nan for name in names]
-        shown = [f"{ms:,.4g}" if ms < 1000 else f"{ms:,.0f}" if math.isfinite(ms) else "not measured" for ms in times]
-        factor = factors.get(row.seq_len, math.nan)
-        lines.append([f"{row.seq_len:,}", *shown, f"{factor:.2f} ×" if math.isfinite(factor) else "not measured"])
-    return "\n\n".join([head, _markdown(lines)])
-
-
-def _targets(targets: Sequence[Target], detailed: bool = False) -> list[str]:
-    """Detailed: with how a value was measured behind it, and those that were not measured in a line of their own."""
-    lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
-    apart = [target for target in targets if detailed and not math.isfinite(target.value)]
-    for target in targets:
-        if target in apart:
-            continue
-        value = shown(target.value, target.unit) if math.isfinite(target.value) else target.detail
-        if detailed and target.detail:
-            value += f" ({target.detail})"
-        lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
-    parts = [_markdown(lines)] if len(lines) > 2 else []
-    if apart and len(apart) == len(targets):
-        parts.append(f"None of its {len(targets)} targets was measured here.")
-    elif apart:
-        parts.append("Not measured here: " + "; ".join(f"{target.name} ({target.detail})" for target in apart) + ".")
-    return parts
-
-
-def _picture(folder: Path, key: str, name: str, words: str) -> list[str]:
-    return [f"![{words}](runs/{key}/{name})"] if (folder / name).is_file() else []
-
-
-def _arena(folder: Path, key: str) -> str | None:
-    """What the twins get right by length, the targets, the pictures."""
-    arena, _ = read_arena(folder)
-    if arena is None:
-        return None
-    device, torch, commits = (", ".join(arena.origins(name)) for name in ("device", "torch", "commit"))
-    head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
-            f"{_made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
-            "measured. Chance and the best shortcut, a rule without a model: where they reach most.")
-    cells = score_table(arena)
-    return "\n\n".join([
-        head, _ruled(cells, (0, 1, len(cells[0]) - 1)),
-        *_targets(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
-        *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
-        *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
-    ])
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([head, ruled(parallel_table(objects(content, "rows", path.name)[0]), (0, 2, 4))])
 
 
 def _table(benchmark: Benchmark) -> str:
@@ -251,7 +148,7 @@ def _table(benchmark: Benchmark) -> str:
     for length in sorted({row.seq_len for row in benchmark.rows}):
         cells = [_cell(rows.get((length, attention)), key) for _, key, _ in COLUMNS for attention in attentions]
         lines.append([f"{length:,}", *cells])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _cell(row: Row | None, key: str) -> str:

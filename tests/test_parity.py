@@ -12,7 +12,9 @@ import torch
 
 from lshv2 import parity
 from lshv2.parity import Experiment, draw, loss_of, measure, train
-from lshv2.parity_networks import Answers, PonderGRU
+from lshv2.parity_networks import Answers, PonderGRU, PonderReader
+from lshv2.parity_report import by_task, table
+from lshv2.parity_report import draw as picture
 from lshv2.ponder import halting_log_probs
 
 
@@ -70,6 +72,48 @@ def test_units_stay_wired_to_their_neighbourhood() -> None:
     assert seen == [[0, 5], [0], [0, 1], [1], [1, 2], [2], [2, 3], [3], [3, 4], [4], [4, 5], [5]]
 
 
+def read_in(model: PonderReader, x: torch.Tensor, steps: int) -> list[list[int]]:
+    """Which elements of one vector each step reads, by what its input to the cell is the sum of."""
+    asked: list[torch.Tensor] = []
+    model.cell.register_forward_pre_hook(lambda _, given: asked.append(given[0].detach()[0]))
+    embedded = torch.eye(model.values.weight.shape[1])[: x.shape[1]]
+    model.values.weight.data.zero_()  # an element is told by its place alone
+    model.values.forward = lambda _: embedded[None]  # type: ignore[method-assign]
+    model(x, steps)
+    return [given[: x.shape[1]].round().nonzero().flatten().tolist() for given in asked]
+
+
+def test_a_reader_reads_each_element_once_the_best_first_and_then_nothing() -> None:
+    model = PonderReader(8, 4, 4, 3, 0.2, 0)
+    with torch.no_grad():
+        model.key.weight.copy_(torch.eye(32))
+        model.query.zero_()[31] = 1.0
+        model.places.zero_()
+        model.places[:, 30] = 1.0  # the cosine with the query then follows what stands beside it
+        model.places[:, 31] = torch.tensor([3.0, 7, 0.1, 1, 0, 6, 0.5, 2])
+        read = read_in(model, torch.ones(1, 8), 4)
+    assert read == [[0, 1, 5], [3, 6, 7], [2, 4], []], read
+
+
+def test_what_is_not_read_has_a_gradient_too() -> None:
+    """Straight through: forward the best alone, backward M times the softmax over all that were not read."""
+    model = PonderReader(6, 4, 1, 2, 0.2, 0).double()
+    x, odd = draw(16, 1, 6, 6, torch.Generator().manual_seed(0))
+    loss_of(model, x.double(), odd.double(), 0.2, 0.0).backward()
+    assert model.places.grad is not None and (model.places.grad.abs().sum(1) > 0).all(), "every place can be moved"
+
+
+def test_a_reader_answers_for_more_elements_than_it_was_trained_on() -> None:
+    """24 elements, trained on one to twelve of them (15 s): four a step, so that more elements take more steps."""
+    what = Experiment(task="extrapolation", size=24, hidden=48, max_steps=7, look=4, learning_rate=3e-3, steps=800,
+                      mastery=0.9, vary_steps=1)
+    result = train(what, lambda _: None)
+    rows = {row["nonzero"]: row for row in result["by_nonzero"]}
+    assert result["tested"]["accuracy"] > 0.95, result["tested"]
+    assert rows[24]["steps"] > rows[12]["steps"] + 0.5 > rows[1]["steps"] + 1.0, [rows[k]["steps"] for k in (1, 12, 24)]
+    assert result["curve"][0]["tested"]["accuracy"] < 0.75, "there was nothing to learn"
+
+
 def test_pondering_solves_what_one_step_does_not() -> None:
     """Six elements at the same width, data and number of gradient steps (10 s). A sign error in the loss fails it."""
     few = Experiment(size=6, hidden=64, learning_rate=1e-2, prior=0.3, steps=1000)
@@ -114,14 +158,29 @@ def test_the_command_writes_its_report(tmp_path: Path, monkeypatch: pytest.Monke
     out, state = tmp_path / "parity.json", torch.get_rng_state()
     options = ["--task", "extrapolation", "--steps", "60", "--size", "8", "--hidden", "8", "--max-steps", "3"]
     reports = []
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["parity", "--out", str(out), *options])
+    for seeds in (["0", "1"], ["0"]):
+        monkeypatch.setattr(sys, "argv", ["parity", "--out", str(out), *options, "--seeds", *seeds])
         parity.main()
-        reports.append(json.loads(out.read_text()))
-    first, second = reports
+        reports.append(json.loads(out.read_text())["runs"])
+    first, other, again = *reports[0], *reports[1]
     assert [row["nonzero"] for row in first["by_nonzero"]] == list(range(1, 9))
-    assert first["settings"]["beta"] == 0.01 and first["environment"]["torch"] and len(first["curve"]) == 60
-    assert first["by_nonzero"] == second["by_nonzero"], "the seed does not decide the result"
+    assert first["settings"]["beta"] == 0.01 and len(first["curve"]) == 60
+    assert first["by_nonzero"] == again["by_nonzero"] != other["by_nonzero"], "the seed decides the result, all of it"
     tested = [row["accuracy"] for row in first["by_nonzero"] if row["nonzero"] > 4]
-    assert first["tested"]["accuracy"] == pytest.approx(sum(tested) / 4)
+    assert first["tested"]["accuracy"] == pytest.approx(sum(tested) / 4, abs=1e-5)
     assert torch.equal(state, torch.get_rng_state())
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_one_network_stand_in_one_line() -> None:
+    def run(seed: int, look: int, accuracy: float) -> dict[str, object]:
+        settings = {"task": "extrapolation", "size": 4, "look": look, "vary_steps": 0, "seed": seed}
+        rows = [{"nonzero": k, "accuracy": accuracy, "steps": k + seed} for k in range(1, 5)]
+        return {"settings": settings, "device": "cpu", "tested": {"accuracy": accuracy}, "by_nonzero": rows}
+
+    runs = [run(0, 2, 0.8), run(2, 2, 0.9), run(0, 0, 0.5)]
+    assert [len(group) for group in by_task(runs).values()] == [2, 1]
+    heading, reads, sees = table(runs)
+    assert reads[1:] == ["2", "0.8500 (0.8000 to 0.9000)", "1: 2.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0"], reads
+    assert sees[0] == "extrapolation, 4 elements; sees all elements; cpu" and sees[2] == "0.5000"
+    assert len(heading) == len(reads) and len(picture(runs).axes) == 4

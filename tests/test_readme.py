@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from project_files import ROOT, page
 
-from lshv2 import readme
+from lshv2 import readme, readme_parts
 from lshv2.errors import UserError
 from lshv2.operator_results import Target
 from lshv2.runs import write_json
@@ -114,8 +114,8 @@ def test_targets_of_a_device_stand_once_and_those_not_measured_in_a_line(tmp_pat
     assert "speed of more" in said and "speed of few" not in said
     measured, missing = ([Target(name, "≥ 2 ×", "≥ 4 ×", value, "×", None, None, "why")] for name, value in
                          (("a", 3.0), ("b", math.nan)))
-    assert readme._targets([*measured, *missing], detailed=True)[-1] == "Not measured here: b (why)."
-    assert readme._targets(missing, detailed=True) == ["None of its 1 targets was measured here."]
+    assert readme_parts.target_table([*measured, *missing], detailed=True)[-1] == "Not measured here: b (why)."
+    assert readme_parts.target_table(missing, detailed=True) == ["None of its 1 targets was measured here."]
 
 
 def test_several_gpus_stand_below_the_one(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Parts of the README's results: the operator's, the arena's, PonderNet's task; see `lshv2.readme`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lshv2.arena_results import NEEDLES, PICTURE, read_arena
+from lshv2.arena_targets import arena_targets
+from lshv2.arena_views import score_table
+from lshv2.benchmark_results import read_benchmark
+from lshv2.operator_results import (
+    NAMES,
+    OperatorResult,
+    OperatorRow,
+    Target,
+    read_operator,
+    shown,
+    verdict,
+)
+from lshv2.parity_report import NAME as PARITY
+from lshv2.parity_report import table as parity_table
+from lshv2.tolerant import mapping, objects, read_object, text
+
+
+def made_by(environment: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
+    """rows: a measurement goes on from them, at other commits too, so theirs count."""
+    torch, commit = (text(environment.get(key)) for key in ("torch", "commit"))
+    commits = sorted({text(row.get("commit"))[:7] for row in rows if row.get("commit")})
+    commits = commits or [one[:7] for one in commit.split(", ")]
+    return f"torch {torch or 'not recorded'}, commit {', '.join(commits) or 'not recorded'}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ruled(cells: list[list[str]], words: Sequence[int]) -> str:
+    """A table of cells, the heading first; words: columns that are no numbers."""
+    rules = ["---" if i in words else "---:" for i in range(len(cells[0]))]
+    return markdown([cells[0], rules, *cells[1:]])
+
+
+def _picture(folder: Path, key: str, name: str, words: str) -> list[str]:
+    return [f"![{words}](runs/{key}/{name})"] if (folder / name).is_file() else []
+
+
+def target_table(targets: Sequence[Target], detailed: bool = False) -> list[str]:
+    """Detailed: with how a value was measured behind it, and those that were not measured in a line of their own."""
+    lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
+    apart = [target for target in targets if detailed and not math.isfinite(target.value)]
+    for target in targets:
+        if target in apart:
+            continue
+        value = shown(target.value, target.unit) if math.isfinite(target.value) else target.detail
+        if detailed and target.detail:
+            value += f" ({target.detail})"
+        lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
+    parts = [markdown(lines)] if len(lines) > 2 else []
+    if apart and len(apart) == len(targets):
+        parts.append(f"None of its {len(targets)} targets was measured here.")
+    elif apart:
+        parts.append("Not measured here: " + "; ".join(f"{target.name} ({target.detail})" for target in apart) + ".")
+    return parts
+
+
+def operator_parts(folders: dict[str, Path]) -> list[str]:
+    """Each reference's table; targets and picture once a device, of the one with the most rows."""
+    found = {key: result for key, folder in folders.items() if (result := read_operator(folder)[0])}
+    fullest: dict[str, str] = {}
+    for key, result in found.items():
+        if len(result.rows) > len(found[fullest.setdefault(result.device, key)].rows):
+            fullest[result.device] = key
+    parts = []
+    for key, result in found.items():
+        if rows := result.of("eager", batch_one=True):
+            parts.append(_operator(result, rows, key))
+            if key in fullest.values():
+                picture = _picture(folders[key], key, "attention.png", "time, speed-up and parts by length")
+                parts += [*target_table(result.targets), *picture]
+    return parts
+
+
+def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> str:
+    """One attention layer at batch 1: a line a length, a column a contender."""
+    unfinished = "" if result.state == "done" else "; not finished"
+    if result.left_out:
+        unfinished += f"; {len(result.left_out)} rows left out"
+    head = (f"**[{key}](runs/{key})**, one attention layer, forward + backward at batch 1, milliseconds (medians): "
+            f"{result.device}, {result.dtype}, {made_by(result.environment)}{unfinished}")
+    names = [name for name in NAMES if any(row.contenders[name].get("both_ms") > 0 for row in rows
+                                           if name in row.contenders)]
+    factors = {s.seq_len: s.factor for s in result.speedups if s.mode == "eager" and s.batch_size == 1}
+    lines = [["tokens", *(NAMES[name] for name in names), "fastest dense ÷ LSH"], ["---:"] * (len(names) + 2)]
+    for row in rows:
+        times = [row.contenders[name].get("both_ms") if name in row.contenders else math.nan for name in names]
+        shown = [f"{ms:,.4g}" if ms < 1000 else f"{ms:,.0f}" if math.isfinite(ms) else "not measured" for ms in times]
+        factor = factors.get(row.seq_len, math.nan)
+        lines.append([f"{row.seq_len:,}", *shown, f"{factor:.2f} ×" if math.isfinite(factor) else "not measured"])
+    return "\n\n".join([head, markdown(lines)])
+
+
+def arena_part(folder: Path, key: str) -> str | None:
+    """What the twins get right by length, the targets, the pictures."""
+    arena, _ = read_arena(folder)
+    if arena is None:
+        return None
+    device, torch, commits = (", ".join(arena.origins(name)) for name in ("device", "torch", "commit"))
+    head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
+            f"{made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
+            "measured. Chance and the best shortcut, a rule without a model: where they reach most.")
+    cells = score_table(arena)
+    return "\n\n".join([
+        head, ruled(cells, (0, 1, len(cells[0]) - 1)),
+        *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
+        *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
+        *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
+    ])
+
+
+def parity_part(folder: Path, key: str) -> str:
+    """PonderNet's own task: a line a task and network."""
+    content, _ = read_object(folder, f"{PARITY}.json")
+    environment = mapping(content, "environment")
+    head = (f"**[{key}](runs/{key})**, PonderNet's parity task (`python -m lshv2.parity`), accuracy of sampled "
+            f"halting, mean (lowest to highest seed): {text(environment.get('cpu'))}, {made_by(environment)}")
+    cells = parity_table(objects(content, "runs", f"{PARITY}.json")[0])
+    picture = _picture(folder, key, f"{PARITY}.png", "accuracy and ponder steps by non-zero elements")
+    return "\n\n".join([head, ruled(cells, (0, 2, 3)), *picture])
