@@ -108,6 +108,7 @@ class Benchmark:
     scaling: dict[tuple[str, str], Scaling] = field(default_factory=dict)
     fixed_tokens: Benchmark | None = None
     tokens: float = NAN  # of every row, in `fixed_tokens`
+    environment: dict[str, Any] = field(default_factory=dict)  # `torch`, `commit`; empty in older files
 
 
 Numbers = TypeVar("Numbers", Fit, FixedPart)
@@ -119,6 +120,7 @@ def read_benchmark(run: Path) -> tuple[Benchmark | None, Problems]:
     if problems:
         return None, problems
     benchmark, problems = _layout(content, content, name, a_sequence=False)
+    benchmark = replace(benchmark, environment=mapping(content, "environment"))
     again = mapping(content, "fixed_tokens")
     if not again:
         return benchmark, problems

@@ -175,8 +175,13 @@ def owners(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return own | {f"optimizer.{i}.{key}": p for i, p in enumerate(parameters) for key in ("exp_avg", "exp_avg_sq")}
 
 
-def load_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Weights into the model; `UserError` naming the first tensor that does not fit."""
+def load_model(
+    model: nn.Module, tensors: dict[str, Tensor], source: Path, state: dict[str, Any] | None = None
+) -> None:
+    """Weights into the model; `UserError` naming the first tensor that does not fit.
+
+    With the checkpoint's state the model answers as it did then: at full depth as long as training asked for no more.
+    """
     own = model.state_dict()
     weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
     for name in own.keys() | weights.keys():
@@ -185,6 +190,8 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> No
                 f"{source} was made with another model shape (tensor {name}): use its settings, or FORCE=1 to retrain"
             )
     model.load_state_dict({name: _as_own(x, own[name]) for name, x in weights.items()})
+    if state is not None:
+        model.ponder_share = state.get("ponder_share", 1.0)
 
 
 def _as_own(x: Tensor, own: Tensor) -> Tensor:

@@ -66,10 +66,11 @@ class ModelConfig(Section):
     rotary_base: PositiveFloat = 10_000.0
     ponder_prior: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="λ_p of the geometric prior")
     ponder_beta: NonNegativeFloat = Field(
-        0.1, description="weight of the KL to that prior; at 0.01 every token learns to stop at the first step"
+        0.03, description="weight of the KL to that prior; at 0.01 from the start every token learns to stop at the "
+        "first step"
     )
     ponder_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.5, description="a token halts at the first step whose cumulative halting probability reaches this"
+        0.45, description="a token halts at the first step whose cumulative halting probability reaches this"
     )
 
     @model_validator(mode="after")
@@ -166,10 +167,10 @@ class TrainingConfig(Section):
     min_learning_rate_ratio: Fraction = Field(0.1, description="end of the cosine, over learning_rate")
     warmup_fraction: Fraction = 0.02
     ponder_from: Fraction = Field(
-        0.0, description="part of the training that answers at full depth alone, for the halting that comes after it"
+        0.25, description="part of the training that answers at full depth alone, for the halting that comes after it"
     )
     ponder_to: Fraction = Field(
-        0.0, description="part of the training from which on the loss is PonderNet's; between the two it moves there"
+        0.75, description="part of the training from which on the loss is PonderNet's; between the two it moves there"
     )
     weight_decay: NonNegativeFloat = 0.1
     adam_beta1: Fraction = 0.9

@@ -25,7 +25,9 @@ def training_flops(settings: Settings) -> float:
     tokens = train.num_train_sequences * train.seq_length * train.num_epochs
     embeddings = 2 * model.vocab_size * model.d_model
     blocks = (count_parameters(model) - embeddings) * model.n_ponder_steps  # a tied block works once a ponder step
-    heads = model.vocab_size * model.d_model * (model.n_ponder_steps if model.use_ponder else 1)
+    # the last ponder step answers throughout, the others from `ponder_from` on
+    exits = 1 + (model.n_ponder_steps - 1) * (1 - train.ponder_from) if model.use_ponder else 1
+    heads = model.vocab_size * model.d_model * exits
     visible = min(train.seq_length, model.window + model.n_global + model.n_rounds * model.bucket_size)
     attention = 4 * visible * model.d_model * model.n_layers  # q.k and p.v, a multiply and an add each
     forward = 2 * (blocks + heads) + attention

@@ -102,10 +102,10 @@ def _model_members(run: Run) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         return
     tensors, state = read_checkpoint(path)
     weights = {name: x.contiguous() for name, x in tensors.items() if name.startswith("model.")}
-    kept = {"state": json.dumps({"task": "language_model", "step": state["step"]})}
+    kept = {name: state[name] for name in ("step", "ponder_share") if name in state}
     windows = _eval_windows(run)
-    expected = _expected(run, state["step"], weights, windows)
-    yield WEIGHTS, save(weights, metadata=kept), expected
+    expected = _expected(run, state, weights, windows)
+    yield WEIGHTS, save(weights, metadata={"state": json.dumps({"task": "language_model", **kept})}), expected
     yield WINDOWS, windows, expected
 
 
@@ -118,8 +118,9 @@ def _eval_windows(run: Run) -> bytes:
     return buffer.getvalue()
 
 
-def _expected(run: Run, step: int, weights: dict[str, Tensor], windows: bytes) -> dict[str, Any]:
+def _expected(run: Run, state: dict[str, Any], weights: dict[str, Tensor], windows: bytes) -> dict[str, Any]:
     """What a check must find, and where it is from."""
+    step = state["step"]
     metrics, _ = read_json(run.file("training_metrics.json"))
     metrics = metrics if isinstance(metrics, dict) else {}
     reported = dict(zip(metrics.get("eval_step", []), metrics.get("loss_eval", []), strict=False)).get(step)
@@ -128,7 +129,7 @@ def _expected(run: Run, step: int, weights: dict[str, Tensor], windows: bytes) -
         bits = dict(zip(metrics["eval_step"], metrics.get("bits_per_byte", []), strict=False)).get(step)
         loss, how = reported, "reported by training (training_metrics.json) at this step"
     else:
-        result = _evaluate(run, weights, np.load(io.BytesIO(windows)), load_token_bytes(run))
+        result = _evaluate(run, weights, state, np.load(io.BytesIO(windows)), load_token_bytes(run))
         loss, bits = result.loss, result.bits_per_byte
         how = "computed while packing: training did not evaluate this step"
     return {"loss_eval": loss, "bits_per_byte": bits, "step": step, "how": how, "dtype": dtype, "device": device,
@@ -141,11 +142,13 @@ def _precision(run: Run) -> tuple[str, str]:
     return device, "bfloat16" if precision == "bfloat16" or (precision, device) == ("auto", "cuda") else "float32"
 
 
-def _evaluate(run: Run, tensors: dict[str, Tensor], windows: np.ndarray, token_bytes: np.ndarray) -> Evaluation:
-    """The run's model with these tensors on these windows [n, T], through the evaluation that training uses."""
+def _evaluate(
+    run: Run, tensors: dict[str, Tensor], state: dict[str, Any], windows: np.ndarray, token_bytes: np.ndarray
+) -> Evaluation:
+    """The run's model with a checkpoint's tensors on these windows [n, T], by the evaluation that training uses."""
     device, dtype = _precision(run)
     model = LSHModel(run.settings.model, run.settings.seed)
-    load_model(model, tensors, Path(WEIGHTS))
+    load_model(model, tensors, Path(WEIGHTS), state)
     rows = torch.from_numpy(windows.astype("int64")).split(run.settings.train.batch_size)
     half = dtype == "bfloat16"
     return evaluate(
@@ -177,8 +180,8 @@ def check_package(path: Path) -> dict[str, Any]:
 
 def _check_loss(path: Path, folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     run = load_run(folder)
-    tensors, _ = read_checkpoint(folder / WEIGHTS)
-    result = _evaluate(run, tensors, np.load(folder / WINDOWS), np.load(folder / BYTES))
+    tensors, state = read_checkpoint(folder / WEIGHTS)
+    result = _evaluate(run, tensors, state, np.load(folder / WINDOWS), np.load(folder / BYTES))
     tolerance = max(TOLERANCE[expected["dtype"]], TOLERANCE[_precision(run)[1]])
     difference = abs(result.loss - expected["loss_eval"])
     if not difference <= tolerance:

@@ -121,7 +121,11 @@ def load_run(path: str | Path) -> Run:
     content, problem = read_json(path / "config.json")
     if problem or not isinstance(content, dict) or "settings" not in content:
         raise UserError(f"{path} is not a run folder: {problem or 'config.json has no settings'}")
-    return Run(path.resolve(), validate(content["settings"]))
+    settings = content["settings"]
+    if isinstance(settings, dict) and isinstance(train := settings.get("train"), dict):
+        # of before pondering could begin late: such a training goes on with the loss that it began with
+        settings = {**settings, "train": {"ponder_from": 0.0, "ponder_to": 0.0, **train}}
+    return Run(path.resolve(), validate(settings))
 
 
 def run_of_config(path: Path) -> Run:

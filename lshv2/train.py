@@ -146,7 +146,8 @@ def sample_text(run: Run, *, n_prompt: int = 48, n_new: int = 48) -> tuple[str, 
     if path is None:
         raise UserError(f"{run.path} has no {LANGUAGE_MODEL} checkpoint: run phase 03_train first")
     model = LSHModel(run.settings.model, run.settings.seed)
-    load_model(model, read_checkpoint(path)[0], path)
+    tensors, state = read_checkpoint(path)
+    load_model(model, tensors, path, state)
     tokenizer = load_tokenizer(run)
     prompt = read_stream(run.data / "eval.bin", run.settings.model.vocab_size)[:n_prompt].tolist()
     generator = torch.Generator().manual_seed(run.settings.seed)

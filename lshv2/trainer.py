@@ -26,14 +26,13 @@ from lshv2.batches import evaluation_batches, training_batches
 from lshv2.evaluation import Batch, Evaluation, evaluate
 from lshv2.optimizer import scheduled
 from lshv2.parallel.ranks import ALONE
-from lshv2.ponder import ponder_share
 from lshv2.profiling import Profiler, region
 from lshv2.progress import Progress
 from lshv2.stopping import Stopped, StopRequest
 from lshv2.tracking import MlflowTracker, TensorBoardTracker, WandbTracker
 from lshv2.training_state import TrainingState, Window
 
-PROFILED_STEPS = 10  # ordinary training steps whose parts are timed, spread over the first half of a run
+PROFILED_STEPS = 10  # ordinary training steps whose parts are timed, spread over half of a run
 WARM_STEPS = 3  # not profiled: allocators and caches fill
 
 
@@ -134,7 +133,7 @@ class Trainer(TrainingState):
         )
 
     def _train_step(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._set_ponder_share()
+        self.model.ponder_share = self._ponder_share()
         profiled = self.task.profile and self._profiles_now()
         profiler = Profiler(self.device) if profiled else contextlib.nullcontext()
         began = time.perf_counter()
@@ -159,15 +158,13 @@ class Trainer(TrainingState):
         self.tokens += input_ids.numel() * self.share.layout.data
         return loss.detach(), steps, norm
 
-    def _set_ponder_share(self) -> None:
-        """A function of the step alone, so that a resumed training has it too; at the end all steps answer."""
-        settings = self.settings
-        progress = min(1.0, self.step / max(1, self.total_steps))
-        self.model.ponder_share = ponder_share(progress, settings.ponder_from, settings.ponder_to)
-
     def _profiles_now(self) -> bool:
+        """Once warm, and once all ponder steps answer: before that a step has less to do."""
         every = max(1, self.total_steps // (2 * PROFILED_STEPS))
-        return self.step >= min(WARM_STEPS, self.total_steps - 1) and self.step % every == 0 and (
+        ponders = int(self.settings.ponder_from * self.total_steps) + 1 if self.model.config.use_ponder else 0
+        # a training that never comes to it has a profile too
+        begin = min(ponders, max(0, self.total_steps - PROFILED_STEPS * every))
+        return self.step >= min(max(WARM_STEPS, begin), self.total_steps - 1) and self.step % every == 0 and (
             len(self.profiles) < PROFILED_STEPS
         )
 
@@ -203,7 +200,7 @@ class Trainer(TrainingState):
 
     def _held_out(self) -> Evaluation:
         """The held-out sequences' figures; of a part of them when a signal came."""
-        self._set_ponder_share()
+        self.model.ponder_share = self._ponder_share()
         batches = evaluation_batches(self.task, lambda: self.stop.requested, self.ranks)
         with self.sharded.whole():
             return evaluate(self.model, batches, self.autocast, self.task.token_bytes, ranks=self.ranks)

@@ -22,6 +22,7 @@ from lshv2.parallel.layout import WHOLE, Layout
 from lshv2.parallel.ranks import ALONE, Ranks
 from lshv2.parallel.sharding import Sharded
 from lshv2.parallel.share import Share
+from lshv2.ponder import ponder_share
 from lshv2.runs import Run, append_jsonl, read_jsonl
 from lshv2.stopping import StopRequest
 from lshv2.tracking import Tracking
@@ -90,13 +91,18 @@ class TrainingState:
         append_jsonl(self.run.metrics, record)
         self.tracking.log(record)
 
+    def _ponder_share(self) -> float:
+        """A function of the step alone, so that a resumed training has it too; at the end all steps answer."""
+        progress = min(1.0, self.step / max(1, self.total_steps))
+        return ponder_share(progress, self.settings.ponder_from, self.settings.ponder_to)
+
     def _save(self, now: float, loss_eval: float | None) -> None:
         window = self.window
         loss, ponder = self._means(window)
         self._check_finite(loss, float(self.norm))
         state = {
             "task": self.task.name, "tokens": self.tokens, "seconds": self.seconds, "profiles": self.profiles,
-            "evaluated": self.evaluated,
+            "evaluated": self.evaluated, "ponder_share": self._ponder_share(),
             "stream": self._stream_state(),
             "window": [loss, ponder, window.steps, window.tokens, now - window.began],
         }

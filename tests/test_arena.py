@@ -32,7 +32,7 @@ from lshv2.errors import UserError
 from lshv2.model import LSHModel
 from lshv2.runner.phases import PHASE_TABLE, hash_outputs
 from lshv2.runner.sweep import run_sweep
-from lshv2.runs import open_run, read_json, read_jsonl, write_json
+from lshv2.runs import open_run, read_json, read_jsonl, repo_root, write_json
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"steps": 4, "sequences": 6}
@@ -61,6 +61,20 @@ def test_recipes_fit_their_tasks() -> None:
         for length in how.lengths:
             assert task.min_length <= length <= LONGEST, f"{name} is not drawn at {length}"
     assert max(recipe("mqar").lengths) <= 2048 and max(recipe("induction").lengths) == 256, "as the targets say"
+
+
+def test_committed_rows_are_of_the_recipes_as_they_are() -> None:
+    """Else `make arena` trains anew what a folder holds, for a default that its models do not read."""
+    rows, _ = read_jsonl(repo_root() / "runs" / "reference-h200" / "arena" / "arena.jsonl")
+    lsh = {(row["task"], row["seed"]): row["trained_as"] for row in rows
+           if row["model"] == "lsh" and not row["setting"]}
+    now = {(job.task, job.seed): job.trained_as for job in plan(sorted({task for task, _ in lsh}), ("lsh",), (0, 1, 2))}
+    assert len(lsh) > 20 and {which: now[which] for which in lsh} == lsh
+    ponders = replace(recipe("mqar"), settings={**recipe("mqar").settings, "use_ponder": True})
+    job, = plan(["mqar"], ("lsh",))
+    changed = [replace(job, recipe=replace(ponders, settings={**ponders.settings, "ponder_beta": beta}))
+               for beta in (0.1, 0.2)]
+    assert changed[0].trained_as != changed[1].trained_as, "where it is read it counts"
 
 
 class TwoBits(ArenaTask):

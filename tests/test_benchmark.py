@@ -21,6 +21,7 @@ from lshv2.benchmark.suite import REPEAT_SHARE, WORKER, _blocker, _job, _wants_a
 from lshv2.benchmark.worker import Measurement, load_ids
 from lshv2.checkpoint import save_checkpoint
 from lshv2.config import ModelConfig
+from lshv2.machine import torch_version
 from lshv2.model import LSHModel
 from lshv2.profiling import Profiler
 from lshv2.runs import Run, open_run, read_json, write_json
@@ -135,6 +136,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, LSHModel, d
 def test_each_row_has_what_the_contract_names(measured: tuple[Run, LSHModel, dict[str, Any]]) -> None:
     run, _, summary = measured
     assert summary == read_json(run.file(SUMMARY))[0] and summary["state"] == "done"
+    assert summary["environment"]["torch"] == torch_version() and "commit" in summary["environment"]
     order = [(row["seq_len"], row["attention"]) for row in summary["rows"]]
     assert order == [(64, "lsh"), (64, "dense"), (128, "lsh"), (128, "dense")]
     for row in summary["rows"]:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lshv2.benchmark.parallel import SMALL
 from lshv2.benchmark.training import beside_twins, flops_a_token, line, measure, settings_of, visible_keys
 from lshv2.config import ModelConfig
 from lshv2.model import LSHModel
+from lshv2.presets import make_settings
 from lshv2.runs import repo_root
 
 CASE: dict[str, Any] = {
@@ -28,6 +30,14 @@ def run(out: Path, *more: str) -> tuple[str, dict[str, Any]]:
                "128", "--samples", "3", "--warm-up", "1", "--out", str(out), *more]
     said = subprocess.run(command, cwd=repo_root(), check=True, capture_output=True, text=True, timeout=120).stdout
     return said, json.loads(out.read_text())
+
+
+def test_all_exits_answer_in_every_measured_step() -> None:
+    """A training may begin at full depth alone; a step of that kind has less to do."""
+    late = make_settings("full")
+    assert late.train.ponder_to > 0, "there is nothing to undo"
+    for settings in (settings_of("full", {**CASE, "ponder": True}), make_settings("full", SMALL)):
+        assert (settings.train.ponder_from, settings.train.ponder_to) == (0.0, 0.0)
 
 
 def test_the_command_measures_each_row_once(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_the_ponder_loss_weighs_each_prediction_by_the_halting_of_the_token_that
         p = [halts[0], (1 - halts[0]) * halts[1], (1 - halts[0]) * (1 - halts[1])]
         nats = [-steps[n][1][b, t].log_softmax(-1)[labels[b, t + 1]].item() for n in range(3)]
         answers = sum(p[n] * nats[n] for n in range(3)) * share + (1 - share) * nats[2]
-        terms.append(answers + 0.1 * sum(p[n] * math.log(p[n] / prior[n]) for n in range(3)))
+        terms.append(answers + model.config.ponder_beta * sum(p[n] * math.log(p[n] / prior[n]) for n in range(3)))
     assert abs(got - sum(terms) / len(terms)) < 1e-6, "cross entropy is summed in float32"
 
 
@@ -252,7 +252,7 @@ def test_the_ponder_loss_s_gradients_are_those_of_all_logits_at_once() -> None:
         logits = model.head(model.norm(state))[:, :-1].flatten(0, 1)
         nats.append(cross_entropy(logits, labels[:, 1:].flatten(), reduction="none").view(2, 11))
     log_p = halting_log_probs(torch.stack(halts))[..., :-1]
-    plain = ponder_loss(torch.stack(nats), log_p, labels[:, 1:] != -100, prior=0.3, beta=0.1)
+    plain = ponder_loss(torch.stack(nats), log_p, labels[:, 1:] != -100, prior=0.3, beta=model.config.ponder_beta)
     ours, theirs = (
         torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
         for loss in (model(x, labels=labels).loss, plain)

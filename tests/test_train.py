@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lshv2.checkpoint import find_checkpoint
+from lshv2.checkpoint import find_checkpoint, load_model, read_checkpoint
 from lshv2.data import ensure
 from lshv2.errors import UserError
 from lshv2.metrics import TRAIN_COLUMNS, write_training_metrics
 from lshv2.model import LSHModel
-from lshv2.runs import Run, append_jsonl, hold, open_run
+from lshv2.runs import Run, append_jsonl, hold, load_run, open_run
 from lshv2.train import language_task, main, sample_text, train_run
-from lshv2.trainer import Trainer
+from lshv2.trainer import PROFILED_STEPS, WARM_STEPS, Trainer
 
 SCRIPT = """
 import sys
@@ -159,3 +160,52 @@ def test_a_damaged_list_of_checkpoints_throws_nothing_away(finished: Run, tmp_pa
     (folder / "last.json").write_text("{")
     with pytest.raises(UserError, match="last.json is damaged"):
         find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("total", [8, 40, 128, 130, 5000])
+@pytest.mark.parametrize("begin", [0.0, 0.25, 0.95, 1.0])
+def test_what_is_profiled_is_warm_and_of_the_whole_loss_where_there_is_time(total: int, begin: float) -> None:
+    def profiled(ponders: bool) -> list[int]:
+        trainer = SimpleNamespace(
+            total_steps=total, step=0, profiles=[], settings=SimpleNamespace(ponder_from=begin),
+            model=SimpleNamespace(config=SimpleNamespace(use_ponder=ponders)),
+        )
+        for trainer.step in range(total):
+            if Trainer._profiles_now(trainer):  # type: ignore[arg-type]
+                trainer.profiles.append(trainer.step)
+        return trainer.profiles
+
+    with_ponder, without = profiled(True), profiled(False)
+    assert with_ponder and min(with_ponder) >= min(WARM_STEPS, total - 1)
+    assert len(without) == min(PROFILED_STEPS, total - WARM_STEPS) and min(without) < total / 5 + WARM_STEPS
+    if begin <= 0.25:
+        assert min(with_ponder) > begin * total or begin == 0.0, "before that a step has one answer"
+        assert len(with_ponder) >= min(PROFILED_STEPS, total // 2)
+
+
+def test_a_checkpoint_from_before_pondering_answers_at_full_depth(tmp_path: Path) -> None:
+    """No early answer has been trained yet: what is drawn or evaluated from it must not use one."""
+    early = {"train.ponder_from": 0.5, "train.ponder_to": 1.0, "train.checkpoint_every": 2, "train.keep_every": 2,
+             "train.num_train_sequences": 8, "train.eval_every": 100}
+    run = open_run(tmp_path / "early", preset="test", overrides=early)
+    ensure(run)
+    Trainer(run, language_task(run), LSHModel(run.settings.model)).fit()
+    shares = {}
+    for path in sorted((run.checkpoints / "language_model").glob("step_*")):
+        tensors, state = read_checkpoint(path)
+        model = LSHModel(run.settings.model)
+        load_model(model, tensors, path, state)
+        shares[state["step"]] = model.ponder_share
+        load_model(model, tensors, path)
+        assert model.ponder_share == shares[state["step"]], "weights alone change nothing"
+    assert shares == {2: 0.0, 4: 1.0}, shares
+
+
+def test_a_run_of_before_pondering_could_begin_late_goes_on_with_its_loss(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "old", preset="test")
+    content = json.loads(run.config.read_text())
+    for name in ("ponder_from", "ponder_to"):
+        del content["settings"]["train"][name]
+    run.config.write_text(json.dumps(content))
+    train = load_run(run.path).settings.train
+    assert (train.ponder_from, train.ponder_to) == (0.0, 0.0) != (run.settings.train.ponder_from, 0.0)

@@ -22,10 +22,10 @@ Rows = list[dict[str, Any]]
 SAVED = 0.25  # of full depth's steps, at least
 WORSE = 0.01  # in bits per byte, at most
 SEEDS = 3  # fewer are a lead
-# Okabe and Ito's, a colour a variant
-COLOURS = dict(zip(PONDER, ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999933", "#CC79A7", "#E69F00",
-                            "#444444"),
-                   strict=True))
+DRAWN = 8.0  # % over full depth; what is far worse hides where the lines part
+# Okabe and Ito's, and two more: a colour a variant
+HUES = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999933", "#CC79A7", "#E69F00", "#444444")
+COLOURS = dict(zip(PONDER, HUES, strict=True))
 
 
 def judged(row: dict[str, Any]) -> dict[str, float]:
@@ -157,9 +157,10 @@ def draw(rows: Rows, tasks: list[str]) -> Figure:
             label = None if name in named else name
             axis.plot(steps, excess, marker, color=colour, markersize=4, linewidth=1, label=label)
             named.add(name)
-        bottom = axis.get_ylim()[0]
+        lowest, highest = axis.get_ylim()
+        bottom, top = max(lowest, -DRAWN / 4), min(highest, DRAWN)
         axis.fill_between([1, (1 - SAVED) * DEEPEST], bottom, 100 * WORSE, color=OTHER, alpha=0.3)
-        axis.set_ylim(bottom=bottom)
+        axis.set_ylim(bottom, top)
         axis.set_title(task, fontsize=9)
         axis.set_xlabel("mean applications of the blocks a token")
         axis.set_ylabel("held-out bits per byte over full depth, %")

@@ -7,11 +7,14 @@ and are asked at full depth and at thresholds (`lshv2.ablation.depth`); `ponder_
 full depth alone and come to that loss.
 
 The prior is a geometric one truncated at four steps and renormalised, so its mean never exceeds 2.5 (λ_p 0.05: 2.44;
-0.3: 2.07); how many steps are taken is chosen by the threshold afterwards. With β 0.01 every token learns to stop at the
-first step (attention/NOTES.md) where the first step is all that answers well yet: `..._weak` come to it from full depth. `ponder_budget` is a lead and not the product's loss: the KL of the
-tokens' *mean* halting distribution, so that the budget is kept by all tokens together and one token may differ. On one
-core (width 64, dense attention, 1,500 steps of 2,048 bytes, one seed) its tokens differed more and it was behind
-`ponder_flat`: 2.031 against 2.005 held-out bits per byte at 2.5 mean steps. Hence it comes second.
+0.3: 2.07); how many steps are taken is chosen by the threshold afterwards. With β 0.01 from the start every token
+learns to stop at the first step, which is the first to answer well (attention/NOTES.md): `..._weak` come to it from
+full depth. `ponder_late_mild` is how the product trains.
+
+`ponder_budget` is a lead and not the product's loss: the KL of the tokens' *mean* halting distribution, so that the
+budget is kept by all tokens together and one token may differ. On one core (width 64, dense attention, 1,500 steps of
+2,048 bytes, one seed) its tokens differed more and it was behind `ponder_flat`: 2.031 against 2.005 held-out bits per
+byte at 2.5 mean steps. Hence it comes second.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ def _ponder(prior: float, beta: float, begin: float = 0.0, end: float = 0.0) -> 
 FIXED: dict[int, str] = {1: "fixed_1", 2: "fixed_2", 3: "fixed_3", DEEPEST: FULL}
 PONDER: dict[str, dict[str, Any]] = {
     "ponder_flat": _ponder(0.05, 0.1),  # nearly every step as likely: the later ones are trained as much as the first
-    "ponder_product": _ponder(0.3, 0.1),  # the product's defaults
+    "ponder_product": _ponder(0.3, 0.1),  # the product's, until the late ones were measured
     "ponder_late": _ponder(0.3, 0.1, 0.25, 0.75),  # at full depth alone, then ever more by PonderNet's loss
     "ponder_later": _ponder(0.3, 0.1, 0.5, 0.9),
     "ponder_late_mild": _ponder(0.3, 0.03, 0.25, 0.75),
@@ -46,7 +49,8 @@ PONDER: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {**{name: _fixed(times) for times, name in FIXED.items()}, **PONDER}
 # What decides first; then the other ways to train, and how much the first steps are worth.
 TIERS: tuple[tuple[str, ...], ...] = (
-    (FULL, "fixed_3", "fixed_2", "ponder_late_mild", "ponder_late_weak", "ponder_later_weak", "ponder_late", "ponder_later"),
+    (FULL, "fixed_3", "fixed_2", "ponder_late_mild", "ponder_late_weak", "ponder_later_weak", "ponder_late",
+     "ponder_later"),
     ("ponder_product", "ponder_flat", "fixed_1", BUDGET),
 )
 

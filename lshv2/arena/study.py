@@ -26,6 +26,8 @@ from lshv2.machine import git_state, torch_version
 from lshv2.runs import append_jsonl, atomic_path, read_jsonl
 
 ARENA = "arena.jsonl"
+# Of a model without pondering nothing reads these: they count as they were when the first rows were written.
+UNUSED = {"ponder_prior": 0.3, "ponder_beta": 0.1, "ponder_threshold": 0.5}
 SCHEMA = 1
 Row = dict[str, Any]
 
@@ -58,6 +60,7 @@ class Job:
         version = get_task(self.task).version
         name = self.task if version == 1 else f"{self.task} {version}"
         config = self.config.model_dump(exclude={"max_seq_len"})
+        config |= {} if self.config.use_ponder else UNUSED
         of = {name: value for name, value in asdict(self.recipe).items() if name not in ("judged", "sequences")}
         return hashlib.sha256(json.dumps([name, self.seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -41,6 +41,7 @@ SMALL = {
     "model.d_model": 256, "model.n_heads": 4, "model.n_kv_heads": 4, "model.n_layers": 4, "model.weight_tied_layers": 2,
     "model.d_ff": 512, "model.vocab_size": 512, "model.max_seq_len": 4096, "train.seq_length": 4096,
     "train.precision": "float32", "train.compile": False, "train.learning_rate": 1e-3, "train.warmup_fraction": 0.0,
+    "train.ponder_from": 0.0, "train.ponder_to": 0.0,  # all exits answer from the first step on
 }
 
 

@@ -31,7 +31,7 @@ from lshv2.benchmark.process import run_limited
 from lshv2.benchmark.rows import Case, Row, add_process, describe, fit_rows, skipped
 from lshv2.checkpoint import find_checkpoint
 from lshv2.config import BenchmarkConfig, ModelConfig
-from lshv2.machine import machine, source_hashes
+from lshv2.machine import git_state, machine, source_hashes, torch_version
 from lshv2.progress import Progress
 from lshv2.runs import SCHEMA, Run, read_json, read_jsonl, sha256, write_json
 
@@ -148,6 +148,7 @@ def _resumed(run: Run, job: dict[str, Any]) -> dict[str, Any]:
     checkpoint, tokens = job["checkpoint"], run.settings.benchmark.fixed_tokens
     empty: dict[str, Any] = {
         "schema": SCHEMA, "state": "running", "measured_on": measured_on, **dict.fromkeys(SHARED),
+        "environment": {"torch": torch_version(), **git_state()},
         "weights": f"checkpoint {Path(checkpoint).name}" if checkpoint else "untrained",
         "tokens": "held-out text" if job["tokens"] else "random",
         "gradient_checkpoint": job["gradient_checkpoint"], "rows": [],

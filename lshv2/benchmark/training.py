@@ -82,6 +82,7 @@ def settings_of(preset: str, case: dict[str, Any]) -> Settings:
         "model.attention": case["attention"], "model.use_ponder": case["ponder"], "model.max_seq_len": longest,
         "train.seq_length": case["seq_len"], "train.batch_size": case["batch_size"],
         "train.gradient_checkpoint": case["gradient_checkpoint"], "train.compile": case["compile"],
+        "train.ponder_from": 0.0, "train.ponder_to": 0.0,  # all exits answer from the first step on
     }, seed=case["seed"])
 
 

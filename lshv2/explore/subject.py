@@ -54,7 +54,7 @@ def open_subject(run_dir: str = "", *, length: int = 256, seed: int = 0) -> Subj
     if chosen:
         run, path = chosen
         tensors, state = read_checkpoint(path)
-        load_model(model, tensors, path)
+        load_model(model, tensors, path, state)
         about = f"run {run.name}, checkpoint of step {state['step']}"
     if chosen and (run.data / "tokenizer.json").is_file() and (run.data / "eval.bin").is_file():
         tokenizer = read_tokenizer(run.data / "tokenizer.json")
