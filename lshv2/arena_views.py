@@ -102,15 +102,23 @@ def spread(summary: Summary) -> str:
 def score_table(arena: Arena) -> list[list[str]]:
     """Cells with their heading: a line a task and model as trained, a column a length, chance and best shortcut."""
     as_trained = [s for s in arena.summaries if not s.setting]
-    lengths = sorted({s.seq_len for s in as_trained})
+    asked = {length: {s.task for s in as_trained if s.seq_len == length} for length in {s.seq_len for s in as_trained}}
+    # a length of one task alone has no column where others have: it stands in the nearest one's, named
+    shared = sorted(length for length, tasks in asked.items() if len(tasks) > 1)
+    lengths = shared or sorted(asked)
     table = [["task", "model", "seeds", *(f"{length:,}" for length in lengths), "chance", "best shortcut"]]
     for task in arena.tasks:
         mine = arena.of(task)
         for n, (name, line) in enumerate(lines(mine).items()):
-            cells = {s.seq_len: spread(s) or s.status for s in line}
+            told: dict[int, list[str]] = {}
+            for s in line:
+                column = min(lengths, key=lambda n: abs(n - s.seq_len))
+                own = "" if column == s.seq_len else f" at {s.seq_len:,}"
+                told.setdefault(column, []).append((spread(s) or s.status) + own)
+            cells = {column: "; ".join(values) for column, values in told.items()}
             seeds = sorted({s.seeds for s in line if s.seeds} or {0})
-            told = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-            table.append(["" if n else _named(mine), name, told, *(cells.get(length, "–") for length in lengths),
+            count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+            table.append(["" if n else _named(mine), name, count, *(cells.get(length, "–") for length in lengths),
                           *(("", "") if n else _extremes(mine))])
     return table
 

@@ -42,15 +42,15 @@ from lshv2.machine import environment
 from lshv2.parity_networks import PonderGRU, PonderReader
 from lshv2.parity_report import draw as picture
 from lshv2.ponder import expected_steps, ponder_loss
-from lshv2.runs import atomic_path, write_json
+from lshv2.runs import atomic_path, read_json, write_json
 
-THRESHOLD = 0.5  # of the cumulative halting probability, as ModelConfig's
+THRESHOLD = 0.5  # of the cumulative halting probability
 CLIP = 1.0  # gradient norm
 CURVE_POINTS = 50
 TEST_VECTORS = 1000  # for each number of non-zero elements
 LOOK_EVERY, LOOKED_AT = 50, 256  # steps between looks at whether the hardest are learned; vectors of a look
 HARDEST = 3  # fewer than the most non-zero elements, at most, in every other batch
-SCHEMA = 2
+SCHEMA = 3
 Network = PonderGRU | PonderReader
 
 
@@ -216,7 +216,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lshv2.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the report, JSON; its picture lies beside it")
+    parser.add_argument("--out", type=Path, required=True, help=
+                        "the report, JSON, its picture beside it; one that is there gains these runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one after the other; default: 0")
     for field in fields(Experiment):
         if field.name == "seed":
@@ -228,10 +229,20 @@ def main() -> None:
         )
     arguments = vars(parser.parse_args())
     out, seeds = arguments.pop("out"), arguments.pop("seeds")
-    content: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "runs": []}
+    if out.suffix != ".json":
+        parser.error(f"--out {out}: not a .json file")
+    if arguments["look"] > arguments["size"]:
+        parser.error(f"--look {arguments['look']}: more than the {arguments['size']} elements there are (--size)")
+    if arguments["look"] and arguments["reach"]:
+        parser.error("--reach wires the network that sees all elements: not with --look")
+    before, _ = read_json(out)
+    there = before["runs"] if isinstance(before, dict) and before.get("schema") == SCHEMA else []
+    content: dict[str, Any] = {"schema": SCHEMA, "runs": list(there)}
     for seed in seeds:
         what = Experiment(**arguments, seed=seed)
-        content["runs"].append({"settings": asdict(what), **train(what, partial(print, flush=True))})
+        run = {"settings": asdict(what), "environment": environment(), **train(what, partial(print, flush=True))}
+        same = (run["settings"], run["device"])
+        content["runs"] = [one for one in content["runs"] if (one["settings"], one["device"]) != same] + [run]
         write_json(out, content)
         with atomic_path(out.with_suffix(".png")) as temporary:
             picture(content["runs"]).savefig(temporary, format="png", dpi=110, metadata={"Software": None})

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -20,26 +22,35 @@ Runs = Sequence[dict[str, Any]]
 
 
 def by_task(runs: Runs) -> dict[str, list[dict[str, Any]]]:
-    """Runs that differ in their seed alone, by what they are: the task, its size, the network, the device."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Runs that differ in their seed alone, by what they are: the task, its size, the network, the device; numbered
+    where others have the same name."""
+    alike: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        how = run["settings"]
+        how = {key: value for key, value in run["settings"].items() if key != "seed"}
+        alike.setdefault(json.dumps([how, run["device"]], sort_keys=True), []).append(run)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for mine in alike.values():
+        how = mine[0]["settings"]
         network = f"reads {how['look']} elements a step" if how["look"] else "sees all elements"
         varied = ", steps vary" if how["vary_steps"] else ""
-        found.setdefault(f"{how['task']}, {how['size']} elements; {network}{varied}; {run['device']}", []).append(run)
+        name = f"{how['task']}, {how['size']} elements; {network}{varied}; {mine[0]['device']}"
+        others = sum(other.startswith(name) for other in found)
+        found[f"{name} ({others + 1})" if others else name] = mine
     return found
 
 
 def table(runs: Runs) -> list[list[str]]:
-    """Cells with their heading: a line a task and network."""
+    """Cells with their heading: a line a task and network. Accuracies are rounded down: only 1 is shown as 1."""
     cells = [["task; network; device", "seeds", "accuracy where tested", "non-zero elements: mean ponder steps"]]
     for name, mine in by_task(runs).items():
         tested = [run["tested"]["accuracy"] for run in mine]
         counts = [row["nonzero"] for row in mine[0]["by_nonzero"]]
         told = [counts[n * (len(counts) - 1) // (SHOWN - 1)] for n in range(SHOWN)]
         steps = [f"{k}: {mean(run['by_nonzero'][counts.index(k)]['steps'] for run in mine):.1f}" for k in told]
-        span = f"{mean(tested):.4f}" + (f" ({min(tested):.4f} to {max(tested):.4f})" if len(mine) > 1 else "")
-        cells.append([name, str(len(mine)), span, ", ".join(steps)])
+        three = (mean(tested), min(tested), max(tested))
+        middle, low, high = (f"{math.floor(1e4 * value) / 1e4:.4f}" for value in three)
+        told_accuracy = f"{middle} ({low} to {high})" if len(mine) > 1 else middle
+        cells.append([name, str(len(mine)), told_accuracy, ", ".join(steps)])
     return cells
 
 

@@ -1,28 +1,30 @@
-"""The results in README.md, drawn from the committed reference runs, so that no figure there is typed by hand.
+"""The results, drawn from the committed reference runs, so that no figure is typed by hand: all of them in
+runs/RESULTS.md, what a reader looks for first in README.md.
 
-    python -m lshv2.readme        # rewrites what stands between the two marks in README.md; a test holds it up to date
+    python -m lshv2.readme        # rewrites both; a test holds them up to date
 
 A reference run is a folder of measured JSON files at `runs/reference-<machine>/<run>/` (or one level up): a run's
-`benchmark_summary.json`, an `arena.jsonl`, or the `ablation.json` of `lshv2.ablation`. Nothing is computed here: a cell
-is what a file says (of an arena: averaged over seeds), or why it says nothing.
+`benchmark_summary.json`, an `arena.jsonl`, `attention.json`, `training.json`, `parity.json`, or the `ablation.json` of
+`lshv2.ablation`. Nothing is computed here: a cell is what a file says (averaged over seeds), or why it says nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from lshv2.ablation.summary import ranking, table
-from lshv2.arena_results import find_arenas
+from lshv2.arena_results import find_arenas, read_arena
 from lshv2.benchmark_results import ATTENTIONS, Benchmark, Fit, Row, read_benchmark
 from lshv2.curves import read_training
 from lshv2.errors import UserError
-from lshv2.operator_results import find_operator_results
+from lshv2.operator_results import find_operator_results, read_operator
 from lshv2.parity_report import NAME as PARITY
 from lshv2.readers import read_manifest, read_settings
-from lshv2.readme_parts import arena_part, made_by, markdown, operator_parts, parity_part, ruled
+from lshv2.readme_parts import arena_part, made_by, markdown, operator_part, operator_parts, parity_part, ruled
 from lshv2.run_state import Entry, find_runs
 from lshv2.runs import atomic_path, repo_root
 from lshv2.tolerant import mapping, number, objects, read_object, text
@@ -32,6 +34,8 @@ SHOWN = 6  # variants of a task
 EVALUATIONS = 5  # of a training, at most
 BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
 NONE_YET = "No reference run committed yet."
+MORE = ("The targets and whether they are met, the other references, training steps on one to four GPUs, exponents, "
+        "pondering, which attention, and the pictures: [runs/RESULTS.md](runs/RESULTS.md).")
 COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
 
 
@@ -52,6 +56,27 @@ def results(runs: Path) -> str:
     parts += [parity_part(folder, folder.relative_to(runs).as_posix()) for folder in parities]
     parts += [_ablation(folder, folder.relative_to(runs).as_posix()) for folder in ablations]
     return "\n\n".join(parts) or NONE_YET
+
+
+def digest(runs: Path) -> str:
+    """Of the references below `runs` what README.md shows: the arena and the operator with the most rows, the trained
+    models; else `NONE_YET`."""
+    arenas = {folder: arena.rows for folder in find_arenas(runs) if (arena := read_arena(folder)[0])}
+    operators = {folder: found.rows for folder in find_operator_results(runs) if (found := read_operator(folder)[0])}
+    parts: list[str | None] = []
+    for make, studies in ((partial(arena_part, short=True), arenas), (operator_part, operators)):
+        references = [folder for folder in studies if folder.parent.name.startswith("reference-")]
+        if references:
+            folder = max(references, key=lambda folder: len(studies[folder]))
+            parts.append(make(folder, folder.relative_to(runs).as_posix()))
+    parts += _trained(sorted((entry for entry in find_runs(runs)[0] if entry.reference), key=lambda entry: entry.key))
+    return "\n\n".join([*filter(None, parts), MORE] if parts else [NONE_YET])
+
+
+def page_of(runs: Path) -> str:
+    """runs/RESULTS.md, whose links begin where it lies."""
+    block = results(runs).replace("](runs/", "](")
+    return f"# Results\n\nWritten by `python -m lshv2.readme` from the reference runs beside this file.\n\n{block}\n"
 
 
 def with_results(page: str, block: str) -> str:
@@ -130,13 +155,15 @@ def _trained(entries: Sequence[Entry]) -> list[str]:
 def _parallel(path: Path, key: str) -> str:
     content, _ = read_object(path.parent, path.name)
     equal, _ = objects(content, "equality", path.name)
-    head = (f"[{path.name}](runs/{key}/{path.name}), the same step on {number(content.get('processes')):.0f} GPUs, "
+    rows, _ = objects(content, "rows", path.name)
+    step = "the same step" if any(row.get("mode") == "alone" for row in rows) else "a step"
+    head = (f"[{path.name}](runs/{key}/{path.name}), {step} on {number(content.get('processes')):.0f} GPUs, "
             f"medians: {text(content.get('device'))}, {made_by(mapping(content, 'environment'))}")
     if equal:
         first, later = (max(number(row.get(name)) for row in equal) for name in ("loss_first", "loss_later"))
         head += (f"; a small model's losses in float32 are one process's within {first:.0e} of them in the first step, "
                  f"{later:.0e} in the next")
-    return "\n\n".join([head, ruled(parallel_table(objects(content, "rows", path.name)[0]), (0, 2, 4))])
+    return "\n\n".join([head, ruled(parallel_table(rows), (0, 2, 4))])
 
 
 def _table(benchmark: Benchmark) -> str:
@@ -180,11 +207,14 @@ def _exponent(name: str, of: str, fit: Fit | None) -> str:
         return f"{name} ({of}) not measured"
     interval = f"95 % interval {fit.low:.2f} to {fit.high:.2f}" if math.isfinite(fit.low + fit.high) else "no interval"
     lengths = f"{fit.n:.0f} lengths, {fit.min_seq_len:,.0f} to {fit.max_seq_len:,.0f} tokens"
-    return f"{name} ({of}) = {fit.exponent:.2f}, {interval}, {lengths}"
+    doubling = f", {fit.last_doubling:.2f} times by the last doubling" if math.isfinite(fit.last_doubling) else ""
+    return f"{name} ({of}) = {fit.exponent:.2f}, {interval}, {lengths}{doubling}"
 
 
 if __name__ == "__main__":
     path = repo_root() / "README.md"
-    content = with_results(path.read_text(encoding="utf-8"), results(repo_root() / "runs"))
-    with atomic_path(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    written = {path: with_results(path.read_text(encoding="utf-8"), digest(repo_root() / "runs")),
+               repo_root() / "runs" / "RESULTS.md": page_of(repo_root() / "runs")}
+    for path, content in written.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")

@@ -83,6 +83,13 @@ def operator_parts(folders: dict[str, Path]) -> list[str]:
     return parts
 
 
+def operator_part(folder: Path, key: str) -> str | None:
+    """One reference's table alone."""
+    result, _ = read_operator(folder)
+    rows = result.of("eager", batch_one=True) if result else ()
+    return _operator(result, rows, key) if result and rows else None
+
+
 def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> str:
     """One attention layer at batch 1: a line a length, a column a contender."""
     unfinished = "" if result.state == "done" else "; not finished"
@@ -102,8 +109,8 @@ def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> 
     return "\n\n".join([head, markdown(lines)])
 
 
-def arena_part(folder: Path, key: str) -> str | None:
-    """What the twins get right by length, the targets, the pictures."""
+def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
+    """What the twins get right by length; unless short, the targets and the pictures too."""
     arena, _ = read_arena(folder)
     if arena is None:
         return None
@@ -112,8 +119,11 @@ def arena_part(folder: Path, key: str) -> str | None:
             f"{made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
             "measured. Chance and the best shortcut, a rule without a model: where they reach most.")
     cells = score_table(arena)
+    scores = ruled(cells, (0, 1, len(cells[0]) - 1))
+    if short:
+        return f"{head}\n\n{scores}"
     return "\n\n".join([
-        head, ruled(cells, (0, 1, len(cells[0]) - 1)),
+        head, scores,
         *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
         *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
         *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
@@ -123,9 +133,11 @@ def arena_part(folder: Path, key: str) -> str | None:
 def parity_part(folder: Path, key: str) -> str:
     """PonderNet's own task: a line a task and network."""
     content, _ = read_object(folder, f"{PARITY}.json")
-    environment = mapping(content, "environment")
+    runs, _ = objects(content, "runs", f"{PARITY}.json")
+    made = [mapping(run, "environment") for run in runs]
+    cpus, torches = (", ".join(sorted({text(one.get(name)) for one in made})) for name in ("cpu", "torch"))
     head = (f"**[{key}](runs/{key})**, PonderNet's parity task (`python -m lshv2.parity`), accuracy of sampled "
-            f"halting, mean (lowest to highest seed): {text(environment.get('cpu'))}, {made_by(environment)}")
-    cells = parity_table(objects(content, "runs", f"{PARITY}.json")[0])
+            f"halting, mean (lowest to highest seed): {cpus}, {made_by({'torch': torches}, made)}")
+    cells = parity_table(runs)
     picture = _picture(folder, key, f"{PARITY}.png", "accuracy and ponder steps by non-zero elements")
     return "\n\n".join([head, ruled(cells, (0, 2, 3)), *picture])

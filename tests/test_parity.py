@@ -6,13 +6,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from lshv2 import parity
 from lshv2.parity import Experiment, draw, loss_of, measure, train
-from lshv2.parity_networks import Answers, PonderGRU, PonderReader
+from lshv2.parity_networks import SHARPNESS, Answers, PonderGRU, PonderReader
 from lshv2.parity_report import by_task, table
 from lshv2.parity_report import draw as picture
 from lshv2.ponder import halting_log_probs
@@ -95,12 +97,19 @@ def test_a_reader_reads_each_element_once_the_best_first_and_then_nothing() -> N
     assert read == [[0, 1, 5], [3, 6, 7], [2, 4], []], read
 
 
-def test_what_is_not_read_has_a_gradient_too() -> None:
-    """Straight through: forward the best alone, backward M times the softmax over all that were not read."""
+def test_the_gradient_is_that_of_a_softmax_over_all_that_was_not_read() -> None:
+    """Straight through: forward the best alone, backward M times the softmax, at the point that was read."""
     model = PonderReader(6, 4, 1, 2, 0.2, 0).double()
-    x, odd = draw(16, 1, 6, 6, torch.Generator().manual_seed(0))
-    loss_of(model, x.double(), odd.double(), 0.2, 0.0).backward()
-    assert model.places.grad is not None and (model.places.grad.abs().sum(1) > 0).all(), "every place can be moved"
+    x, read = torch.tensor([[1.0, -1, 0, 0, 1, -1]]), []
+    model.cell.register_forward_pre_hook(lambda _, given: read.append(given[0]) or given[0].retain_grad())
+    model(x.double()).odd.sum().backward()
+    elements = model.values((x + 1).long())[0].detach()
+    keys = normalize(model.key(elements + model.places), dim=-1)
+    soft = 2 * (SHARPNESS * keys @ normalize(model.query, dim=-1)).softmax(-1)
+    worth = soft @ (elements @ read[0].grad[0])  # what the loss gains by more of each element
+    want, = torch.autograd.grad(worth, model.places)
+    assert model.places.grad is not None and torch.allclose(model.places.grad, want, atol=1e-12)
+    assert (want.abs().sum(1) > 0).all(), "what was not read is moved too"
 
 
 def test_a_reader_answers_for_more_elements_than_it_was_trained_on() -> None:
@@ -154,26 +163,38 @@ def test_the_number_of_steps_may_vary_and_the_test_may_have_more(monkeypatch: py
     assert asked[-1] == (False, 9) and len(result["by_nonzero"]) == 8
 
 
-def test_the_command_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_its_report_and_adds_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, state = tmp_path / "parity.json", torch.get_rng_state()
     options = ["--task", "extrapolation", "--steps", "60", "--size", "8", "--hidden", "8", "--max-steps", "3"]
-    reports = []
-    for seeds in (["0", "1"], ["0"]):
-        monkeypatch.setattr(sys, "argv", ["parity", "--out", str(out), *options, "--seeds", *seeds])
+
+    def command(*more: str, to: Path = out) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["parity", "--out", str(to), *options, *more])
         parity.main()
-        reports.append(json.loads(out.read_text())["runs"])
-    first, other, again = *reports[0], *reports[1]
+        return json.loads(to.read_text())["runs"]
+
+    first, other = command("--seeds", "0", "1")
     assert [row["nonzero"] for row in first["by_nonzero"]] == list(range(1, 9))
-    assert first["settings"]["beta"] == 0.01 and len(first["curve"]) == 60
-    assert first["by_nonzero"] == again["by_nonzero"] != other["by_nonzero"], "the seed decides the result, all of it"
+    assert first["settings"]["beta"] == 0.01 and first["environment"]["torch"] and len(first["curve"]) == 60
     tested = [row["accuracy"] for row in first["by_nonzero"] if row["nonzero"] > 4]
     assert first["tested"]["accuracy"] == pytest.approx(sum(tested) / 4, abs=1e-5)
     assert torch.equal(state, torch.get_rng_state())
     assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+    kept, again, reads = command("--seeds", "0", "--look", "0") + command("--seeds", "0", "--look", "2")[2:]
+    assert kept["settings"] == other["settings"], "a run made again takes the place of its own"
+    assert again["by_nonzero"] == first["by_nonzero"] != other["by_nonzero"], "the seed decides the result, all of it"
+    assert reads["settings"]["look"] == 2
+    for wrong, said in ((["--look", "9"], "more than the 8"), (["--look", "2", "--reach", "1"], "not with --look")):
+        with pytest.raises(SystemExit):
+            command(*wrong)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(to=tmp_path / "parity.png")
 
 
 def test_seeds_of_one_network_stand_in_one_line() -> None:
-    def run(seed: int, look: int, accuracy: float) -> dict[str, object]:
+    def run(seed: int, look: int, accuracy: float) -> dict[str, Any]:
         settings = {"task": "extrapolation", "size": 4, "look": look, "vary_steps": 0, "seed": seed}
         rows = [{"nonzero": k, "accuracy": accuracy, "steps": k + seed} for k in range(1, 5)]
         return {"settings": settings, "device": "cpu", "tested": {"accuracy": accuracy}, "by_nonzero": rows}
@@ -182,5 +203,7 @@ def test_seeds_of_one_network_stand_in_one_line() -> None:
     assert [len(group) for group in by_task(runs).values()] == [2, 1]
     heading, reads, sees = table(runs)
     assert reads[1:] == ["2", "0.8500 (0.8000 to 0.9000)", "1: 2.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0"], reads
+    longer = {**run(1, 2, 0.99999), "settings": {**runs[0]["settings"], "steps": 9}}
+    assert [line[1:3] for line in table([*runs, longer])[3:]] == [["1", "0.9999"]], "apart, and not rounded up"
     assert sees[0] == "extrapolation, 4 elements; sees all elements; cpu" and sees[2] == "0.5000"
     assert len(heading) == len(reads) and len(picture(runs).axes) == 4

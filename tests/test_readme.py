@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,32 @@ from project_files import ROOT, page
 from lshv2 import readme, readme_parts
 from lshv2.errors import UserError
 from lshv2.operator_results import Target
-from lshv2.runs import write_json
+from lshv2.runs import append_jsonl, write_json
 
 
-def test_the_results_in_the_readme_are_up_to_date() -> None:
-    want = readme.with_results(page("README.md"), readme.results(ROOT / "runs"))
+def test_the_results_are_up_to_date() -> None:
+    want = readme.with_results(page("README.md"), readme.digest(ROOT / "runs"))
     assert page("README.md") == want, "run: python -m lshv2.readme"
+    assert page("runs/RESULTS.md") == readme.page_of(ROOT / "runs"), "run: python -m lshv2.readme"
+
+
+def test_every_link_of_the_results_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", page("runs/RESULTS.md"))
+    assert len(links) > 10 and [link for link in links if not (ROOT / "runs" / link).exists()] == []
+
+
+def test_the_readme_shows_the_reference_with_most_rows(tmp_path: Path) -> None:
+    assert readme.digest(tmp_path) == readme.NONE_YET
+    row = {"task": "mqar", "model": "lsh", "seed": 0, "setting": "", "seq_len": 1024, "status": "ok",
+           "trained_len": 512, "metric": "accuracy", "value": 0.5, "chance": 0.25, "device": "a GPU"}
+    alone = {**row, "task": "listops", "seq_len": 2001}
+    for name, rows in (("few", [row]), ("more", [row, {**row, "task": "copy"}, alone])):
+        (tmp_path / "reference-x" / name).mkdir(parents=True)
+        for one in rows:
+            append_jsonl(tmp_path / "reference-x" / name / "arena.jsonl", one)
+    said = readme.digest(tmp_path)
+    assert "(runs/reference-x/more)" in said and "few" not in said and said.endswith(readme.MORE)
+    assert "| target |" not in said and "| ListOps, trained at 512 | LSH | 1 | 50.0 % at 2,001 |" in said, said
 
 
 def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
@@ -49,6 +70,9 @@ def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
             "and a bootstrap over processes); α (forward + backward at 131,072 tokens a batch) = 1.01, 95 %") in said
     write_json(tmp_path / "reference-x" / "full" / "benchmark_summary.json", {**content, "state": "running"})
     assert "commit 0123456; the benchmark was not finished\n" in readme.results(tmp_path)
+    write_json(tmp_path / "reference-x" / "alone" / "benchmark_summary.json",
+               {**content, "environment": {"torch": "2.11", "commit": "abcdef0123"}})
+    assert "(runs/reference-x/alone)**: cpu (tested), float32, torch 2.11, commit abcdef0\n" in readme.results(tmp_path)
     with pytest.raises(UserError, match="once each"):
         readme.with_results("no marks", said)
 
