@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "train": dict(
             model_size="1M", seq_length=512, batch_size=4, num_epochs=1, learning_rate=6e-3, num_train_sequences=520,
             num_eval_sequences=32, gradient_checkpoint=False, num_workers=0, eval_every=65, checkpoint_every=65,
+            ponder_from=0.0, ponder_to=0.0,  # in 130 steps an early answer teaches more than it costs
         ),
         "recall": dict(
             seq_length=128, n_pairs=8, vocab_size=256, d_model=64, batch_size=32, num_train_sequences=5_760,
