@@ -27,7 +27,7 @@ from lshv2.runs import atomic_path
 
 COLUMNS = 3
 GROUPS = {"hops": "hops", "position": "position (tokens)"}  # drawn at the longest length
-SHORTCUT, OTHER, ROUNDS = "#CC79A7", "#AA3377", ("#0072B2", "#56B4E9", "#AA3377", "#E69F00", "#555555")
+SHORTCUT, OTHER, ROUNDS = "#CC79A7", "#AA3377", ("#0072B2", "#56B4E9", "#AA3377", "#E69F00", "#555555", "#CC79A7")
 
 
 def write_pictures(run: Path) -> list[Path]:

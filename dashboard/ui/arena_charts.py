@@ -133,7 +133,7 @@ def quality_chart(here: list[Summary]) -> go.Figure:
     chart = figure("keys a query", _title(metric), log_x=True, height=440)
     swept = quality_lines(here)
     for n, (title, line) in enumerate(swept.items()):
-        _sweep(chart, title, line, PALETTE[(0, 4, 6, 1, 7)[n % 5]], "circle")
+        _sweep(chart, title, line, PALETTE[(0, 4, 6, 1, 7, 3)[n % 6]], "circle")
     reach = [s.get("keys_a_query") for line in swept.values() for s in line]
     for title, line in lines([s for s in here if s.model != "lsh"]).items():
         colour, keys = _colour(line[0].model), {s.get("keys_a_query") for s in line}
