@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -44,6 +45,10 @@ def test_length_axes_tick_powers_of_two_and_keep_the_points(shown_runs: Path) ->
     chart = figure("tokens", "ms", log_x=True)
     length_axis(chart, [32_768, 49_152, 65_536, 98_304, 131_072])
     assert chart.layout.xaxis.ticktext == ("32k", "64k", "128k")
+    one = figure("tokens", "", log_x=True)
+    length_axis(one, [1024, 1024])
+    low, high = one.layout.xaxis.range
+    assert low < math.log10(1024) < high and list(one.layout.xaxis.ticktext) == ["1k"], "not on the edge of the axis"
 
 
 def test_the_list_shows_state_device_and_figures(shown_runs: Path) -> None:

@@ -65,6 +65,9 @@ def length_axis(chart: go.Figure, lengths: list[int]) -> None:
     """Tick the measured powers of two, written 1k, 2k, ... 128k."""
     ticks = length_ticks(lengths)
     chart.update_xaxes(tickmode="array", tickvals=list(ticks), ticktext=list(ticks.values()))
+    if len(set(lengths)) == 1:  # else a single length lies on the axis's edge, without its tick
+        middle = math.log10(lengths[0])
+        chart.update_xaxes(range=[middle - 0.5, middle + 0.5])
 
 
 def quantity(value: float, unit: str = "", digits: int = 4) -> str:
