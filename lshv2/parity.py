@@ -236,8 +236,10 @@ def main() -> None:
     if arguments["look"] and arguments["reach"]:
         parser.error("--reach wires the network that sees all elements: not with --look")
     before, _ = read_json(out)
-    there = before["runs"] if isinstance(before, dict) and before.get("schema") == SCHEMA else []
-    content: dict[str, Any] = {"schema": SCHEMA, "runs": list(there)}
+    there = before.get("runs") if isinstance(before, dict) and before.get("schema") == SCHEMA else None
+    if out.exists() and not isinstance(there, list):
+        parser.error(f"--out {out} is there and no report of this kind: name another file, or delete it")
+    content: dict[str, Any] = {"schema": SCHEMA, "runs": list(there or [])}
     for seed in seeds:
         what = Experiment(**arguments, seed=seed)
         run = {"settings": asdict(what), "environment": environment(), **train(what, partial(print, flush=True))}

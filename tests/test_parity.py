@@ -191,6 +191,10 @@ def test_the_command_writes_its_report_and_adds_to_it(
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command(to=tmp_path / "parity.png")
+    out.write_text('{"schema": 1, "tested": {}}')
+    with pytest.raises(SystemExit):
+        command()
+    assert out.read_text() == '{"schema": 1, "tested": {}}' and "delete it" in capsys.readouterr().err
 
 
 def test_seeds_of_one_network_stand_in_one_line() -> None:
