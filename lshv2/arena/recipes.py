@@ -57,19 +57,21 @@ CONTENT = {"rotary_heads": 0.0}  # positions beyond the trained lengths mean not
 RECALL = {**CONTENT, "short_conv": 0, "n_buckets": 4096}
 # 16 cells of 1,024 hold what one of 64 would, and closer; heads look on their own, so eight miss less than four
 SEARCH = {**CONTENT, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "n_rounds": 16, "bucket_size": 256}
+WIDE = {**SEARCH, "d_model": 256}  # heads of 32 tell 131,072 keys apart that heads of 16 confuse
 COPY = {**SEARCH, "n_buckets": 64, "bucket_size": 128, "window": 256}  # blanks fill cells; what counts lies in few
+DOUBLE = {**CONTENT, "n_layers": 3, "n_buckets": 16, "short_conv": 5}  # after three symbols another may follow
 COPIED = (48, *SHORT[1:], 4096, 4096, 4096)
 TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size": 128, "window": 256}
 RECIPES: dict[str, Recipe] = {
     "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
     "mqar_dense_pairs": Recipe(SHORT, 4000, 16_384, settings=RECALL),
-    "duplication": Recipe(SHORT[:-1], 5000, settings={**CONTENT, "n_layers": 3, "n_buckets": 16}, judged=(1024,)),
+    "duplication": Recipe(SHORT[:-1], 5000, settings=DOUBLE, judged=(1024,)),
     "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
     "selective_copying": Recipe(COPIED, 8000, settings=COPY),
     "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY),
-    "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings={**SEARCH, "n_rounds": 32}),
+    "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings={**WIDE, "short_conv": 5}),  # each digit sees the marker
     "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
-    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 8000, settings=SEARCH),
+    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 8000, settings=WIDE),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
     "listops": Recipe((*SHORT[:-1], 2001, 2001), 6000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
