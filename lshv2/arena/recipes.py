@@ -65,13 +65,13 @@ TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size
 RECIPES: dict[str, Recipe] = {
     "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
     "mqar_dense_pairs": Recipe(SHORT, 4000, 16_384, settings=RECALL),
-    "duplication": Recipe(SHORT[:-1], 5000, settings=DOUBLE, judged=(1024,)),
+    "duplication": Recipe(SHORT[:-1], 10_000, settings=DOUBLE, judged=(1024,)),
     "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
     "selective_copying": Recipe(COPIED, 8000, settings=COPY),
     "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY),
     "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings={**WIDE, "short_conv": 5}),  # each digit sees the marker
     "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
-    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 8000, settings=WIDE),
+    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32}),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
     "listops": Recipe((*SHORT[:-1], 2001, 2001), 6000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
