@@ -165,17 +165,22 @@ def _draw_quality(axis: Axes, here: list[Summary], title: str) -> None:
 
 def draw_needles(arena: Arena) -> Figure | None:
     """A row a task with depths, a column a model; depth down, length across. None without any."""
-    maps = []
-    for task in arena.tasks:
-        for name, line in lines(trained_to(arena.of(task))).items():
-            if any("depth" in s.by for s in line):
-                maps.append((f"{TASKS.get(task, task)}, {name}", line))
-    if not maps:
+    found = {task: {name: line for name, line in lines(trained_to(arena.of(task))).items()
+                    if any("depth" in s.by for s in line)} for task in arena.tasks}
+    rows = {task: maps for task, maps in found.items() if maps}
+    models = list(dict.fromkeys(name for maps in rows.values() for name in maps))
+    if not rows:
         return None
-    figure, axes = _grid(len(maps), min(COLUMNS, len(maps)), _about(arena).split(",")[0] + "; % right by depth",
-                         (4.9, 4.0))
-    for axis, (title, line) in zip(axes, maps, strict=True):
-        _draw_map(axis, line, title)
+    title = ", ".join(arena.origins("device")) + "; % right by depth"
+    figure, axes = _grid(len(rows) * len(models), len(models), title, (4.9, 4.0))
+    for place, axis in enumerate(axes):
+        task, name = list(rows)[place // len(models)], models[place % len(models)]
+        words = f"{TASKS.get(task, task)}, {name}"
+        if name in rows[task]:
+            _draw_map(axis, rows[task][name], words)
+        else:
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, f"{words}: not measured", ha="center", va="center", color="#555555")
     return figure
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lshv2.arena.recipes import Attention, recipe
+from lshv2.arena.recipes import LIGHTER, Attention, recipe
 from lshv2.arena.registry import get_task
 from lshv2.arena.study import Job, plan
 
@@ -57,10 +57,15 @@ def job_of(
     if small:  # windows and buckets of a quarter, as the small recipes have them
         point = replace(point, bucket_size=point.bucket_size // 4, window=point.window // 4)
     job, = plan([task], (point.attention,), (seed,), lengths, small, changes=changes)
+    if not point.label:  # dense attention: the task's own twin
+        return replace(job, settings=(("", ()),))
+    how = job.recipe
+    if not small and task in LIGHTER:
+        how = replace(how, **{**LIGHTER[task], **(changes or {})}).twin(point.attention)
     own = recipe(task, small).model(get_task(task).vocab_size, "lsh", 1)
     shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
              "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}
-    how = replace(job.recipe, settings={**job.recipe.settings, **shape} if point.label else job.recipe.settings)
+    how = replace(how, settings={**how.settings, **shape})
     return replace(job, recipe=how, settings=(("", ()),), label=point.label)
 
 
