@@ -155,6 +155,11 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     assert needles and [axis.get_title(loc="left") for axis in needles.axes] == [
         "passkey, LSH", "passkey, dense", "passkey, window only"]
     assert len(needles.axes[0].texts) == 40 and len(needles.axes[1].texts) == 30, "a number a measured cell"
+    key_value = [{**row, "task": "kv_needle"} for row in arena_rows()
+                 if (row["task"], row["model"]) == ("passkey", "lsh")]
+    both = draw_needles(arena(tmp_path / "both", *arena_rows(), *key_value))
+    assert both and [axis.texts[0].get_text() for axis in both.axes[4:]] == [
+        "key–value needle, dense: not measured", "key–value needle, window only: not measured"], "a row a task"
     assert [path.name for path in write_pictures(tmp_path)] == ["arena.png", "arena_needles.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("arena.png", "arena_needles.png"))
     assert [path.name for path in write_pictures(write_arena(tmp_path / "one", [ROW]))] == ["arena.png"]
