@@ -143,10 +143,11 @@ def test_listops_is_the_long_range_arenas() -> None:
     examples = drawn("listops", 2001, n=400)
     answers = examples.answers()[:, 0]
     sizes = []
-    for ids, answer in zip(examples.input_ids, answers, strict=True):
+    for ids, answer, root in zip(examples.input_ids, answers, examples.groups["root"], strict=True):
         end = ids.tolist().index(EQUALS)
         sizes.append(end)
         assert value_of(ids[:end].tolist()) == answer
+        assert ("none", "MIN", "MAX", "MED", "SM")[max(0, ids[0] - 9)] == root
         assert (np.cumsum(np.isin(ids[:end], (10, 11, 12, 13))) - np.cumsum(ids[:end] == CLOSE)).max() < 10
     assert min(sizes) > 500 and max(sizes) < 2000
     # the shortcuts of the published data (17.5, 36.5 and 48.4 %), within what 400 trees can tell (two standard errors)

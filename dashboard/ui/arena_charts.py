@@ -15,7 +15,8 @@ from ui.style import GREY, PALETTE, faded, figure, length_axis
 COLOURS = {"lsh": PALETTE[0], "dense": PALETTE[5], "window": PALETTE[2]}
 SYMBOLS = {"lsh": "circle", "dense": "square", "window": "diamond"}
 WORDS = {"depth": "depth of the needle", "hops": "hops", "gap": "tokens between key and question",
-         "position": "position (tokens)", "ponder_step": "ponder step", "copies": "copies"}
+         "position": "position (tokens)", "ponder_step": "ponder step", "copies": "copies",
+         "root": "outermost operation"}
 SHORTCUT = PALETTE[3]
 
 
@@ -113,8 +114,9 @@ def group_chart(here: list[Summary], name: str) -> go.Figure:
     chart = figure(WORDS.get(name, escape(name)), _title(metric), height=400)
     for title, (s, *_) in lines(here).items():
         if groups := s.by.get(name):
+            joined = "lines+markers" if all(label[0].isdigit() for label in groups) else "markers"
             chart.add_scatter(
-                x=list(groups), y=list(groups.values()), name=escape(title), mode="lines+markers",
+                x=list(groups), y=list(groups.values()), name=escape(title), mode=joined,
                 line=dict(color=_colour(s.model), width=2), marker=dict(size=8, symbol=SYMBOLS.get(s.model, "cross")),
                 text=[shown_score(value, metric) for value in groups.values()],
                 hovertemplate=escape(title) + "<br>%{x}<br>%{text}<extra></extra>",

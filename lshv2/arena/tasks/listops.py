@@ -102,13 +102,14 @@ def value_of(tokens: list[int]) -> int:
 
 
 def laid_out(trees: list[tuple[list[int], int]], length: int) -> Examples:
-    """`tree = value`, padded at the end to `length` (a causal model does not see it)."""
+    """`tree = value`, padded at the end to `length` (unseen by a causal model); grouped by the root's operation."""
     ids = np.full((len(trees), length), PAD)
     labels = np.full_like(ids, IGNORED)
     for row, (tokens, value) in enumerate(trees):
         ids[row, : len(tokens) + 2] = [*tokens, EQUALS, value]
         labels[row, len(tokens) + 1] = value
-    return Examples(ids, labels)
+    roots = np.array([OPERATIONS[t - 10].removeprefix("[") if 10 <= t < CLOSE else "none" for t in ids[:, 0]])
+    return Examples(ids, labels, {"root": roots})
 
 
 @register
