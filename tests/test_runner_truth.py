@@ -9,6 +9,11 @@ import nbformat
 import pytest
 from runner_notebooks import PARAMETERS, WRITE_A, pipeline
 
+from lshv2.presets import make_settings
+from lshv2.progress import Progress
+from lshv2.runner import terminal
+from lshv2.runs import Run, write_json
+
 THREAD = (
     "import threading\ndef work():\n    raise ValueError('lost in a thread')\n"
     "thread = threading.Thread(target=work)\nthread.start()\nthread.join()"
@@ -92,3 +97,15 @@ def test_every_real_phase_is_in_the_table_in_order() -> None:
     assert tuple(phase.name for phase in PHASE_TABLE) == PHASES
     for phase in PHASE_TABLE:
         assert set(phase.after) <= set(PHASES[: PHASES.index(phase.name)])
+
+
+def test_a_long_step_is_seen_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    run = Run(tmp_path, make_settings("test"))
+    with terminal.Watcher(run, "03_train") as watcher, Progress(run, "03_train", "language model", 5, unit="step"):
+        state = json.loads(run.progress.read_text())
+        write_json(run.progress, {**state, "time": state["time"] + 1})  # written after the phase began
+        monkeypatch.setattr(terminal.time, "time", lambda: state["time"] + 41)
+        watcher.tick()
+    assert capsys.readouterr().out == "03_train: language model 0/5 step, 40 s\n"

@@ -64,9 +64,10 @@ class Watcher:
             return f"{self.phase}: running, {time.time() - self.began:.0f} s"
         eta = f", about {state['eta_s']:.0f} s left" if state["eta_s"] is not None else ""
         figures = _figures(state)
+        elapsed = state["elapsed_s"] + time.time() - state["time"]  # a long step writes nothing meanwhile
         return (
             f"{self.phase}: {state['label']} {state['done']}/{state['total']} {state['unit']}, "
-            f"{state['elapsed_s']:.0f} s{eta}{', ' + figures if figures else ''}"
+            f"{elapsed:.0f} s{eta}{', ' + figures if figures else ''}"
         )
 
     def _close(self) -> None:
