@@ -100,9 +100,10 @@ class Arena:
         """By model, trained length and length; setting None: whatever the evaluation changed."""
         return [s for s in self.summaries if s.task == task and setting in (None, s.setting)]
 
-    def origins(self, key: str) -> list[str]:
-        """Every distinct device, dtype, torch, commit or command of the lines, as first seen."""
-        return list(dict.fromkeys(row.origin[key] for row in self.rows if row.origin[key]))
+    def origins(self, key: str, task: str | None = None) -> list[str]:
+        """Every distinct device, dtype, torch, commit or command of the lines (of one task), as first seen."""
+        rows = [row for row in self.rows if task in (None, row.task)]
+        return list(dict.fromkeys(row.origin[key] for row in rows if row.origin[key]))
 
 
 def read_arena(run: Path) -> tuple[Arena | None, Problems]:

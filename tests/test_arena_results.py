@@ -191,3 +191,9 @@ def test_a_readme_without_a_usable_arena_says_nothing_of_it(tmp_path: Path) -> N
     assert readme.results(tmp_path) == readme.NONE_YET
     write_json(tmp_path / "reference-x" / "arena" / "benchmark_summary.json", {"rows": []})
     assert readme.results(tmp_path) == readme.NONE_YET
+
+
+def test_where_a_task_was_measured(tmp_path: Path) -> None:
+    rows = [{**ROW, "task": task, "device": device} for task, device in (("mqar", "a"), ("passkey", "b"))]
+    found = arena(tmp_path, *rows)
+    assert (found.origins("device"), found.origins("device", "passkey")) == (["a", "b"], ["b"])

@@ -101,7 +101,7 @@ def test_a_run_without_an_arena_says_how_to_make_one(shown_runs: Path) -> None:
 def test_a_growing_or_broken_arena_still_draws(shown_runs: Path) -> None:
     path = shown_runs / "quick" / "arena.jsonl"
     app = page("arena", "quick")
-    write_arena(shown_runs / "quick", [{**arena_rows()[0], "task": "<b>new</b>", "by": {"<i>": {"<u>": 0.5}}}])
+    write_arena(shown_runs / "quick", [{**arena_rows()[0], "task": "<b>new</b>", "by": {"<i>": {"<u>": 0.5, "": 1}}}])
     app.run()
     assert "<b>new</b>" in app.selectbox(key="task").options
     app.selectbox(key="task").set_value("<b>new</b>").run()

@@ -71,7 +71,7 @@ def draw() -> None:
     notices(notes)
     if arena is None:
         return
-    made_by = [", ".join(arena.origins(name)[:4]) or "—" for name in ("device", "dtype", "torch", "commit")]
+    made_by = [", ".join(arena.origins(name, task)[:8]) or "—" for name in ("device", "dtype", "torch", "commit")]
     st.markdown(plain(f"{made_by[0]} · {made_by[1]} · torch {made_by[2]} · commit {made_by[3]}"))
     of_task = arena.of(task, None)
     as_trained = [s for s in of_task if not s.setting]
