@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,9 @@ def _about(arena: Arena) -> str:
 
 def _grid(panels: int, columns: int, title: str, size: tuple[float, float] = (4.9, 3.5)) -> tuple[Figure, list[Axes]]:
     rows = max(1, math.ceil(panels / columns))
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10, color="#333333")
+    figure.suptitle("\n".join(wrap(title, int(12 * size[0] * columns))), fontsize=10, color="#333333")
     axes = [figure.add_subplot(rows, columns, n + 1) for n in range(panels)]
     for axis in axes:
         axis.grid(True, color="#E5E5E5", linewidth=0.7)

@@ -210,7 +210,7 @@ def label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_ylabel(y)
     handles, _ = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(fontsize=8, frameon=False, loc="best")
+        axis.legend(fontsize=8, loc="best", edgecolor="none", framealpha=0.8)  # readable where it lies on a line
 
 
 def length_axis(axis: Axes, lengths: Iterable[int]) -> None:
