@@ -315,6 +315,25 @@ def test_attention_alone_hashes_and_attends_and_does_nothing_else(
     assert all(parameter.grad is None for parameter in measurement.model.parameters())
 
 
+@pytest.mark.parametrize(("left_s", "samples"), [
+    (100.0, [4000.0, 2800.0, 2900.0]), (10.5, [4000.0, 2800.0]), (8.5, [])])
+def test_the_first_pass_counts_only_where_no_other_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: float, samples: list[float]
+) -> None:
+    """Passes of 6 s, 4 s and then about 3 s, of which each uses up the time that was left."""
+    measurement = Measurement({**_job(make_run(tmp_path / "r")), "samples": 3}, lambda record: None)
+    passes = iter([6000.0, 4000.0, 2800.0, 2900.0])
+    monkeypatch.setattr(measurement, "deadline", time.monotonic() + 6 + left_s)
+
+    def taken(step: object) -> float:
+        milliseconds = next(passes)
+        measurement.deadline -= milliseconds / 1e3
+        return milliseconds
+
+    monkeypatch.setattr(measurement.meter, "milliseconds", taken)
+    assert measurement._samples(lambda: None, 1e9) == (samples or [6000.0])
+
+
 def test_processes_join_by_their_medians_and_the_spread_is_of_all_samples() -> None:
     row = rows_of("lsh", [1024], 1.0, scatter=0.1)[0]
     assert row["latency_samples_ms"] == pytest.approx([1024] * 2 + [921.6] * 2 + [1126.4] * 2)

@@ -5,10 +5,11 @@ What is timed: `latency_ms` is `model.eval()`, no gradients, `model(ids, labels=
 `attention_train_latency_ms` are the first block's attention operator alone, of the q, k and v that this input has
 there: from them to what is attended, so hashing and sorting too, and with backward to their gradients; no projections.
 
-The first pass of each at the measured length is a warm-up and discarded. On a CPU, where nothing is compiled, one of
-over WARM_SECONDS counts: one-time costs, which the tiny warm-up has paid already, are lost in that. No further sample
-is taken once those of a part have used its share of the time limit, or when the next would not fit into what is left:
-`n_samples`, `train_n_samples` and so on tell. Dense attention gets the FASTEST of torch's backends that takes it.
+The first pass of each at the measured length is a warm-up and discarded, unless no second one would fit into the time
+limit: a GPU's kernels are compiled in it; on a CPU its memory is touched for the first time, which made a pass of three
+seconds half as long again. No further sample is taken once those of a part have used its share of the time limit, or
+when the next would not fit into what is left: `n_samples`, `train_n_samples` and so on tell. Dense attention gets the
+FASTEST of torch's backends that takes it.
 
 Memory is the meter's peak over the forward + backward passes. `fixed_mb` is the same peak for the same two passes at
 TINY tokens: interpreter, libraries, weights, gradients.
@@ -46,7 +47,6 @@ from lshv2.model import LSHModel
 from lshv2.trainer import pick_device
 
 TINY = 16  # tokens
-WARM_SECONDS = 0.5
 SHARE, ATTENTION_SHARE = 1 / 12, 1 / 90  # of the time limit, for the samples of each part
 # By their speed on an H200 (`lshv2.benchmark.attention`); torch's own choice is not always the fastest.
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -164,8 +164,7 @@ class Measurement:
     def _samples(self, step: Callable[[], None], seconds: float) -> list[float]:
         """Milliseconds of each sample; the module's docstring says when fewer than asked for are taken."""
         first = self.meter.milliseconds(step)
-        counts = first > WARM_SECONDS * 1e3 and (not self.meter.cuda or not self._fits(first))
-        samples = [first] if counts else []
+        samples = [] if self._fits(first) else [first]
         while len(samples) < self.job["samples"]:
             if samples and (sum(samples) > seconds * 1e3 or not self._fits(statistics.median(samples))):
                 break
