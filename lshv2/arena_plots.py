@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -19,7 +20,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lshv2.arena_results import ACCURACY, BITS, NEEDLES, PICTURE, TASKS, Arena, Summary, label_place, read_arena
+from lshv2.arena_results import (
+    ACCURACY,
+    BITS,
+    MODELS,
+    NEEDLES,
+    PICTURE,
+    TASKS,
+    Arena,
+    Summary,
+    label_place,
+    place,
+    read_arena,
+)
 from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, shown_score, trained_to
 from lshv2.axes import short
 from lshv2.errors import UserError
@@ -27,6 +40,7 @@ from lshv2.plots import COLOURS, MARKERS, REFERENCE, label, length_axis
 from lshv2.runs import atomic_path
 
 COLUMNS = 3
+TITLE_LETTERS = 12  # of the title's size, an inch
 GROUPS = {"hops": "hops", "position": "position (tokens)"}  # drawn at the longest length
 SHORTCUT, OTHER, ROUNDS = "#CC79A7", "#AA3377", ("#0072B2", "#56B4E9", "#AA3377", "#E69F00", "#555555", "#CC79A7")
 
@@ -84,7 +98,7 @@ def _grid(panels: int, columns: int, title: str, size: tuple[float, float] = (4.
     rows = max(1, math.ceil(panels / columns))
     figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("\n".join(wrap(title, int(12 * size[0] * columns))), fontsize=10, color="#333333")
+    figure.suptitle("\n".join(wrap(title, int(TITLE_LETTERS * size[0] * columns))), fontsize=10, color="#333333")
     axes = [figure.add_subplot(rows, columns, n + 1) for n in range(panels)]
     for axis in axes:
         axis.grid(True, color="#E5E5E5", linewidth=0.7)
@@ -169,13 +183,13 @@ def draw_needles(arena: Arena) -> Figure | None:
     found = {task: {name: line for name, line in lines(trained_to(arena.of(task))).items()
                     if any("depth" in s.by for s in line)} for task in arena.tasks}
     rows = {task: maps for task, maps in found.items() if maps}
-    models = list(dict.fromkeys(name for maps in rows.values() for name in maps))
+    present = {name: line[0].model for maps in rows.values() for name, line in maps.items()}
+    models = sorted(present, key=lambda name: place(MODELS, present[name]))
     if not rows:
         return None
     title = ", ".join(arena.origins("device")) + "; % right by depth"
     figure, axes = _grid(len(rows) * len(models), len(models), title, (4.9, 4.0))
-    for place, axis in enumerate(axes):
-        task, name = list(rows)[place // len(models)], models[place % len(models)]
+    for axis, (task, name) in zip(axes, product(rows, models), strict=True):
         words = f"{TASKS.get(task, task)}, {name}"
         if name in rows[task]:
             _draw_map(axis, rows[task][name], words)

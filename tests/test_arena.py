@@ -72,8 +72,11 @@ def test_committed_rows_are_of_the_recipes_as_they_are(monkeypatch: pytest.Monke
     assert len(lsh) > 20 and {which: now[which] for which in lsh} == lsh
     points = {(row["task"], row["seed"], row["setting"]): row["trained_as"] for row in rows
               if row["setting"] in {point.label for point in POINTS if point.label}}
-    now = {(job.task, job.seed, job.label): job.trained_as for job in sweep_jobs(("mqar", "duplication"), (0, 1, 2))}
+    swept = sweep_jobs(("mqar", "duplication"), (0, 1, 2))
+    now = {(job.task, job.seed, job.label): job.trained_as for job in swept}
     assert len(points) > 30 and {which: now[which] for which in points} == points, "the quality curve's too"
+    twins = {(job.task, job.seed): job.trained_as for job in plan(["mqar", "duplication"], ("dense",), (0, 1, 2))}
+    assert {(job.task, job.seed): job.trained_as for job in swept if not job.label} == twins, "its level is the arena's"
     plain, = plan(["mqar"], ("lsh",))
     ponders = replace(plain, recipe=replace(plain.recipe, settings={**plain.recipe.settings, "use_ponder": True}))
     before = plain.trained_as, ponders.trained_as

@@ -158,6 +158,8 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     key_value = [{**row, "task": "kv_needle"} for row in arena_rows()
                  if (row["task"], row["model"]) == ("passkey", "lsh")]
     both = draw_needles(arena(tmp_path / "both", *arena_rows(), *key_value))
+    title = draw_arena(arena(tmp_path / "narrow", ROW)).get_suptitle()
+    assert "chance" in title and max(map(len, title.split("\n"))) < 60, "it fits the one panel"
     assert both and [axis.texts[0].get_text() for axis in both.axes[4:]] == [
         "key–value needle, dense: not measured", "key–value needle, window only: not measured"], "a row a task"
     assert [path.name for path in write_pictures(tmp_path)] == ["arena.png", "arena_needles.png"]

@@ -83,6 +83,8 @@ def test_every_task_of_the_arena_draws_what_it_has(shown_runs: Path, task: str, 
     if task == "passkey":
         assert [(len(chart["data"][0]["y"]), chart["data"][0]["x"]) for chart in drawn(app)[1:]] == [
             (10, ["1k", "4k", "16k", "128k"])] * 3, "a map a model, with an empty column where there was no memory"
+    if task == "variable_tracking":
+        assert drawn(app)[1]["data"][0]["mode"] == "lines+markers", "hops have an order"
     if task == "bytes":
         assert drawn(app)[0]["layout"]["yaxis"]["range"][1] < 3, "chance does not press the curves flat"
 
@@ -101,11 +103,14 @@ def test_a_run_without_an_arena_says_how_to_make_one(shown_runs: Path) -> None:
 def test_a_growing_or_broken_arena_still_draws(shown_runs: Path) -> None:
     path = shown_runs / "quick" / "arena.jsonl"
     app = page("arena", "quick")
-    write_arena(shown_runs / "quick", [{**arena_rows()[0], "task": "<b>new</b>", "by": {"<i>": {"<u>": 0.5, "": 1}}}])
+    write_arena(shown_runs / "quick", [{**arena_rows()[0], "task": "<b>new</b>", "by": {"<i>": {"<u>": 0.5, "": 1}},
+                                           "device": "another one"}])
     app.run()
     assert "<b>new</b>" in app.selectbox(key="task").options
     app.selectbox(key="task").set_value("<b>new</b>").run()
     assert not app.exception and "<i>" not in str(drawn(app)[1]["layout"])
+    assert drawn(app)[1]["data"][0]["mode"] == "markers", "labels without an order are not joined"
+    assert any("another one" in text.value and "test data" not in text.value for text in app.markdown), "its own device"
     path.write_bytes(b'{"task": 1}\n' + path.read_bytes() + b'{"task": "mq')
     app = page("arena", "quick")
     assert "quick: arena.jsonl 1 of " in warnings(app) and len(app.get("plotly_chart")) == 3

@@ -114,7 +114,7 @@ def group_chart(here: list[Summary], name: str) -> go.Figure:
     chart = figure(WORDS.get(name, escape(name)), _title(metric), height=400)
     for title, (s, *_) in lines(here).items():
         if groups := s.by.get(name):
-            joined = "lines+markers" if all(label[:1].isdigit() for label in groups) else "markers"
+            joined = "lines+markers" if all(math.isfinite(label_place(label)[0]) for label in groups) else "markers"
             chart.add_scatter(
                 x=list(groups), y=list(groups.values()), name=escape(title), mode=joined,
                 line=dict(color=_colour(s.model), width=2), marker=dict(size=8, symbol=SYMBOLS.get(s.model, "cross")),

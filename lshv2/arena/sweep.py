@@ -2,8 +2,9 @@
 
     jobs = [job_of(point, "mqar", seed=0) for point in POINTS]
 
-Every point trains models of its own; nothing else differs. Points of one line in the picture have the same rounds; the
-window twins see as many keys, all of them the most recent. `make sweep` runs them through the notebook
+Every point trains models of its own, which differ in nothing else; where the task's own training is long, a lighter
+one (`recipes.LIGHTER`). The dense level is the arena's own twin. Points of one line in the picture have the same
+rounds; the window twins see as many keys, all of them the most recent. `make sweep` runs them through the notebook
 `quality_point.ipynb`, one papermill execution each; `python -m lshv2.arena OUT --sweep` side by side on GPUs.
 """
 
@@ -56,16 +57,12 @@ def job_of(
     """The point's model on a task; lengths: judged ones (None: the recipe's)."""
     if small:  # windows and buckets of a quarter, as the small recipes have them
         point = replace(point, bucket_size=point.bucket_size // 4, window=point.window // 4)
-    job, = plan([task], (point.attention,), (seed,), lengths, small, changes=changes)
-    if not point.label:  # dense attention: the task's own twin
-        return replace(job, settings=(("", ()),))
-    how = job.recipe
-    if not small and task in LIGHTER:
-        how = replace(how, **{**LIGHTER[task], **(changes or {})}).twin(point.attention)
+    lighter = LIGHTER.get(task, {}) if point.label and not small else {}
+    job, = plan([task], (point.attention,), (seed,), lengths, small, changes={**lighter, **(changes or {})})
     own = recipe(task, small).model(get_task(task).vocab_size, "lsh", 1)
     shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
              "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}
-    how = replace(how, settings={**how.settings, **shape})
+    how = replace(job.recipe, settings={**job.recipe.settings, **shape} if point.label else job.recipe.settings)
     return replace(job, recipe=how, settings=(("", ()),), label=point.label)
 
 
