@@ -41,6 +41,7 @@ class GraphedStep:
     def __init__(self, step: Callable[..., Tensor], device: torch.device) -> None:
         self.step, self.device = step, device
         self.seen: dict[tuple[torch.Size, ...], int] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -70,6 +71,7 @@ class GraphedStep:
     def _capture(self, shape: tuple[torch.Size, ...], inputs: tuple[Tensor, ...]) -> None:
         own, graph = tuple(x.clone() for x in inputs), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        # one memory for all: a shape's results are copied before another's replay overwrites what it worked in
+        with torch.cuda.graph(graph, pool=self.pool):
             result = self.step(*own)
         self.graphs[shape] = graph, own, result

@@ -361,15 +361,16 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_captured_steps_are_the_eager_ones(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To what bfloat16 products of another order may differ by over forty steps."""
+    """To what sums of another order come to in twenty steps, of which most are replayed; later, one key found or not
+    makes more of it (measured: under 1e-4 here, .017 after forty steps with LSH)."""
     device, task = torch.device("cuda"), get_task("induction")
-    how = replace(recipe("induction"), lengths=(64, 256), steps=40)
+    how = replace(recipe("induction"), lengths=(64, 256), steps=20)
     curves = []
     for warm in (10**9, graphs.WARM):
         monkeypatch.setattr(graphs, "WARM", warm)
         model = LSHModel(how.model(task.vocab_size, attention, 1024), seed=0).to(device)
         curves.append(learn.train(model, task, how, 0, device)["loss_train"])
-    assert np.abs(np.subtract(*curves)).max() < 0.01 < curves[0][0] - curves[0][-1]
+    assert np.abs(np.subtract(*curves)).max() < 2e-3 < 0.1 < curves[0][0] - curves[0][-1]
 
 
 def test_an_example_knows_its_answers() -> None:

@@ -61,6 +61,7 @@ WIDE = {**SEARCH, "d_model": 256}  # heads of 32 tell 131,072 keys apart that he
 COPY = {**SEARCH, "n_buckets": 64, "bucket_size": 128, "window": 256}  # blanks fill cells; what counts lies in few
 TWICE = {**CONTENT, "n_layers": 3, "n_buckets": 16}
 COPIED = (48, *SHORT[1:], 4096, 4096, 4096)
+LADDER = (6, 8, 10, 12, 16, 24, *SHORT[:-1], *(2001,) * 4)  # a sum of ten is learned by way of sums of two
 TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size": 128, "window": 256}
 RECIPES: dict[str, Recipe] = {
     "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
@@ -73,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
     "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32}),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
-    "listops": Recipe((*SHORT[:-1], 2001, 2001), 6000, 16_384, 2e-3, TREES, (2001,), 1000),
+    "listops": Recipe(LADDER, 20_000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
     "bytes": Recipe(
         (16_384,), 1500, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256}, sequences=8

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ OPERATIONS = ("[MIN", "[MAX", "[MED", "[SM")
 CLOSE, EQUALS, PAD = 14, 15, 16
 WORDS = {**{str(d): d for d in range(10)}, **{name: 10 + i for i, name in enumerate(OPERATIONS)}, "]": CLOSE}
 DIGIT, MOST_ARGUMENTS = 0.75, 10
+Tree = tuple[list[int], int]  # tokens, value
 
 
 def apply(operation: int, arguments: list[int]) -> int:
@@ -32,7 +34,8 @@ def apply(operation: int, arguments: list[int]) -> int:
     if operation == 1:
         return max(arguments)
     if operation == 2:
-        return int(np.median(arguments))
+        ordered = sorted(arguments)
+        return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
     return sum(arguments) % 10
 
 
@@ -54,33 +57,34 @@ class _Grower:
         self.stock = iter(self.generator.random(1 << 14).tolist())
         return next(self.stock)
 
-    def grow(self, depth: int = 1) -> int:
-        """Append a tree's tokens and return its value; raises _TooLong."""
+    def grow(self, depth: int = 1) -> None:
+        """Append a tree's tokens; raises _TooLong as soon as they cannot be fewer than `most`."""
         if depth >= self.max_depth or self.uniform() < DIGIT:
             self.tokens.append(int(self.uniform() * 10))
-            return self.tokens[-1]
-        operation = int(self.uniform() * 4)
-        self.tokens.append(10 + operation)
-        values = []
-        for _ in range(2 + int(self.uniform() * (MOST_ARGUMENTS - 1))):
-            if len(self.tokens) >= self.most:
+        else:
+            self.operate(depth)
+
+    def operate(self, depth: int = 1) -> None:
+        """The same, of a tree that is an operation."""
+        self.tokens.append(10 + int(self.uniform() * 4))
+        arguments = 2 + int(self.uniform() * (MOST_ARGUMENTS - 1))
+        for left in range(arguments, 0, -1):
+            if len(self.tokens) + left + depth >= self.most:  # a token each, and a bracket for each that is open
                 raise _TooLong
-            values.append(self.grow(depth + 1))
+            self.grow(depth + 1)
         self.tokens.append(CLOSE)
-        return apply(operation, values)
 
 
-def tree(generator: np.random.Generator, least: int, most: int, max_depth: int) -> tuple[list[int], int]:
-    """Tokens of a tree with least < number < most of them, and its value."""
+def trees(generator: np.random.Generator, n: int, least: int, most: int, max_depth: int) -> Iterator[Tree]:
+    """n trees of least < tokens < most, least >= 1: tokens and value of each."""
     grower = _Grower(generator, max_depth, most)
-    while True:
+    while n > 0:
         grower.tokens = []
-        try:
-            value = grower.grow()
-        except _TooLong:
-            continue
-        if least < len(grower.tokens) < most:
-            return grower.tokens, value
+        with suppress(_TooLong):
+            grower.operate()  # a lone digit, three trees of four, is never long enough
+            if len(grower.tokens) > least:
+                yield grower.tokens, value_of(grower.tokens)
+                n -= 1
 
 
 def value_of(tokens: list[int]) -> int:
@@ -101,7 +105,7 @@ def value_of(tokens: list[int]) -> int:
     return stack[0][0]
 
 
-def laid_out(trees: list[tuple[list[int], int]], length: int) -> Examples:
+def laid_out(trees: list[Tree], length: int) -> Examples:
     """`tree = value`, padded at the end to `length` (unseen by a causal model); grouped by the root's operation."""
     ids = np.full((len(trees), length), PAD)
     labels = np.full_like(ids, IGNORED)
@@ -119,13 +123,13 @@ class ListOps(ArenaTask):
     Shorter sequences, for a model to begin with, hold trees of a quarter of their length to all of it.
     """
 
-    name, vocab_size = "listops", 17
+    name, vocab_size, version = "listops", 17, 2
     LEAST, MOST, MAX_DEPTH = 500, 2000, 10
-    min_length, in_processes = 16, True
+    min_length, in_processes = 6, True
 
     def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
         fits(self, length)
-        return laid_out([tree(generator, *self.bounds(length)) for _ in range(n)], length)
+        return laid_out(list(trees(generator, n, *self.bounds(length))), length)
 
     def bounds(self, length: int) -> tuple[int, int, int]:
         """Fewest tokens, most tokens (both excluded), depth."""
@@ -168,12 +172,12 @@ class LongListOps(ListOps):
         return length // 4, length - 1, self.MAX_DEPTH + max(0, int(np.log2(length / 2000)))
 
 
-def read_tsv(path: Path) -> list[tuple[list[int], int]]:
+def read_tsv(path: Path) -> list[Tree]:
     """Trees and values of one of the Long Range Arena's own files, columns Source and Target.
 
     Round brackets, which only show how the tree was parsed, are dropped. Raises UserError naming file and line.
     """
-    trees = []
+    read: list[Tree] = []
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
@@ -187,7 +191,7 @@ def read_tsv(path: Path) -> list[tuple[list[int], int]]:
                         raise ValueError(f"Target is {value}, the tree's value {value_of(tokens)}")
                 except (KeyError, ValueError, AttributeError, TypeError) as error:
                     raise UserError(f"{path}: line {number} is no ListOps tree: {error}") from None
-                trees.append((tokens, value))
+                read.append((tokens, value))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return trees
+    return read
