@@ -361,8 +361,8 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_captured_steps_are_the_eager_ones(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To what sums of another order come to in twenty steps, of which most are replayed; later, one key found or not
-    makes more of it (measured: under 1e-4 here, .017 after forty steps with LSH)."""
+    """To what sums of another order come to in twenty steps (measured with LSH, where a key is found or not: .005, and
+    .017 after forty); a replay that misses its inputs is .178 off at once."""
     device, task = torch.device("cuda"), get_task("induction")
     how = replace(recipe("induction"), lengths=(64, 256), steps=20)
     curves = []
@@ -370,7 +370,7 @@ def test_captured_steps_are_the_eager_ones(attention: Any, monkeypatch: pytest.M
         monkeypatch.setattr(graphs, "WARM", warm)
         model = LSHModel(how.model(task.vocab_size, attention, 1024), seed=0).to(device)
         curves.append(learn.train(model, task, how, 0, device)["loss_train"])
-    assert np.abs(np.subtract(*curves)).max() < 2e-3 < 0.1 < curves[0][0] - curves[0][-1]
+    assert np.abs(np.subtract(*curves)).max() < 0.02 < 0.2 < max(curves[0]) - curves[0][-1]
 
 
 def test_an_example_knows_its_answers() -> None:

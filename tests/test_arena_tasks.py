@@ -156,6 +156,25 @@ def test_listops_is_the_long_range_arenas() -> None:
         assert abs(found - published) < 2 * (published * (1 - published) / 400) ** 0.5 + 0.02
 
 
+def test_short_trees_are_the_definitions_own() -> None:
+    """Of 4 to 10 tokens: sizes and numbers of operations as from trees grown to the end and kept if they fit."""
+    rng = np.random.default_rng(0)
+
+    def grown(depth: int = 1) -> list[int]:
+        if depth == 10 or rng.random() < 0.75:
+            return [int(rng.integers(10))]
+        arguments = [grown(depth + 1) for _ in range(rng.integers(2, 11))]
+        return [10 + int(rng.integers(4)), *(token for argument in arguments for token in argument), CLOSE]
+
+    wanted = [tree for tree in (grown() for _ in range(15_000)) if 3 < len(tree) < 11]
+    ids = drawn("listops", 12, n=len(wanted)).input_ids
+    found = [ids[i, : row.index(EQUALS)].tolist() for i, row in enumerate(ids.tolist())]
+    for of in (len, lambda tree: sum(9 < token < CLOSE for token in tree), lambda tree: tree[0]):
+        a, b = (np.bincount([of(tree) for tree in trees], minlength=16) for trees in (wanted, found))
+        chi_squared = (((a - b) ** 2)[a + b > 0] / (a + b)[a + b > 0]).sum()
+        assert chi_squared < 24, "one in 1,000 with seven outcomes, fewer with fewer"
+
+
 def test_listops_reads_the_original_files(tmp_path: Path) -> None:
     path = tmp_path / "basic_test.tsv"
     tree = "( ( ( ( ( [MAX 4 ) ( ( ( [MIN 2 ) 7 ) ] ) ) 1 ) ] )"
