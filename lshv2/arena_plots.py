@@ -33,7 +33,7 @@ from lshv2.arena_results import (
     place,
     read_arena,
 )
-from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, shown_score, trained_to
+from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, quality_twins, shown_score, trained_to
 from lshv2.axes import short
 from lshv2.errors import UserError
 from lshv2.plots import COLOURS, MARKERS, REFERENCE, label, length_axis
@@ -161,7 +161,7 @@ def _draw_quality(axis: Axes, here: list[Summary], title: str) -> None:
     times, unit = _unit(here[0].metric)
     joined = [(name, line, ROUNDS[n % len(ROUNDS)]) for n, (name, line) in enumerate(quality_lines(here).items())]
     keys = sorted({s.get("keys_a_query") for _, line, _ in joined for s in line})
-    for name, line in lines([s for s in here if s.model != "lsh"]).items():
+    for name, line in quality_twins(here).items():
         colour = COLOURS.get(line[0].model, OTHER)
         if len({s.get("keys_a_query") for s in line}) > 1:
             joined.append((name, sorted(line, key=lambda s: s.get("keys_a_query")), colour))

@@ -43,6 +43,7 @@ class ArenaRow:
     seed: int
     setting: str
     trained_len: float
+    trained_by: str  # a hash of the recipe; "": not known
     seq_len: int
     metric: str
     value: float
@@ -136,7 +137,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rows(records: Sequence[dict[str, Any]]) -> tuple[list[ArenaRow], Problems]:
-    """Later lines in place of earlier ones; what makes no sense is counted."""
+    """Later lines in place of earlier ones, and a model's later recipe in place of its earlier one; what makes no
+    sense is counted."""
     kept: dict[tuple[Any, ...], ArenaRow] = {}
     nameless = valueless = 0
     for record in records:
@@ -154,7 +156,16 @@ def _rows(records: Sequence[dict[str, Any]]) -> tuple[list[ArenaRow], Problems]:
         problems += (Problem(FILE, f"{nameless} of {len(records)} lines have no task, model or seq_len"),)
     if valueless:
         problems += (Problem(FILE, f"{valueless} of {len(records)} lines are ok and have no value of their metric"),)
-    return list(kept.values()), problems
+    newest = {_trained(row): row.trained_by for row in kept.values()}
+    rows = [row for row in kept.values() if row.trained_by == newest[_trained(row)]]
+    if former := len(kept) - len(rows):
+        problems += (Problem(FILE, f"{former} lines are of models that have since been trained otherwise: left out"),)
+    return rows, problems
+
+
+def _trained(row: ArenaRow) -> tuple[Any, ...]:
+    """What is averaged over seeds, and so has to be trained alike."""
+    return row.task, row.model, row.setting, None if math.isnan(row.trained_len) else row.trained_len
 
 
 def _row(record: dict[str, Any]) -> ArenaRow | None:
@@ -169,7 +180,7 @@ def _row(record: dict[str, Any]) -> ArenaRow | None:
           if isinstance(groups, dict)}
     return ArenaRow(
         task, model, int(seed) if math.isfinite(seed) else 0, text(record.get("setting"), 80),
-        number(record.get("trained_len")), int(length), metric,
+        number(record.get("trained_len")), text(record.get("trained_by"), 64), int(length), metric,
         _score(record.get("value"), metric) if status == "ok" else NAN, _score(record.get("chance"), metric), status,
         text(record.get("reason"), 200), _numbers(mapping(record, "shortcuts"), metric),
         {name: groups for name, groups in by.items() if groups},

@@ -4,7 +4,8 @@
 
 Accuracies are means over seeds, in %, as the model was trained (nothing changed at evaluation but for duplication's
 rounds); `detail` names the seeds and the lowest of them. Met is said only of what was measured as far as the target
-goes; missed as soon as one measured value misses it. What is not there is not measured, with the reason.
+goes, on three seeds at least; missed as soon as one measured value misses it. What is not there is not measured, with
+the reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lshv2.operator_results import Target
 from lshv2.tolerant import NAN
 
 LONGEST = 131_072
+LENGTHS = tuple(1 << e for e in range(10, 18))  # "every length": 1,024 to LONGEST
+DEPTHS, SEEDS = 10, 3
 NEEDLES = ("passkey", "kv_needle", "uuid_needle")
 ROUNDS = {1: (90, 99), 2: (99, 100), 4: (99.9, 100), 8: (100, 100)}  # duplication: at least, stretch
 Summaries = Sequence[Summary]
@@ -64,6 +67,7 @@ def _percent(value: float) -> float:
 
 def _seeds(summary: Summary) -> str:
     seeds = f"{summary.seeds} seed{'' if summary.seeds == 1 else 's'}"
+    seeds += "" if summary.seeds >= SEEDS else f" of {SEEDS} wanted"
     return f"{seeds}, the lowest {_percent(summary.low):g} %" if summary.seeds > 1 else seeds
 
 
@@ -80,7 +84,7 @@ def _reached(summaries: Summaries, task: str, length: int | None, least: float, 
     if found is None or not found.seeds:
         return _judge(name, "≥", least, stretch, NAN, "%", _missing(found))
     detail = _seeds(found) if length is not None else f"{_seeds(found)}, at {found.seq_len:,}"
-    return _judge(name, "≥", least, stretch, _percent(found.mean), "%", detail)
+    return _judge(name, "≥", least, stretch, _percent(found.mean), "%", detail, found.seeds >= SEEDS)
 
 
 def _against_dense(summaries: Summaries, task: str) -> Target:
@@ -97,11 +101,12 @@ def _against_dense(summaries: Summaries, task: str) -> Target:
     left = sorted(dense.keys() - lsh.keys())
     detail = f"worst at {worst:,} of {len(leads)} lengths, {dense[worst].seeds} and {lsh[worst].seeds} seeds"
     detail += f"; LSH has no value at {', '.join(f'{length:,}' for length in left)}" if left else ""
-    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete=not left)
+    enough = all(min(lsh[n].seeds, dense[n].seeds) >= SEEDS for n in leads)
+    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete=enough and not left)
 
 
 def _needle(summaries: Summaries, task: str) -> Target:
-    """The lowest depth of any length; met only where it was measured up to LONGEST, depth by depth."""
+    """The lowest depth of any length; met only where it was measured at every length, at ten depths."""
     name = f"{TASKS[task]}, every depth and length to {LONGEST:,}"
     every = _lengths(summaries, task, "lsh")
     cells = {(length, depth): score for length, s in every.items() if length <= LONGEST
@@ -110,11 +115,15 @@ def _needle(summaries: Summaries, task: str) -> Target:
         return _judge(name, "≥", 98, 100, NAN, "%", "no accuracy by depth")
     length, depth = min(cells, key=lambda cell: (cells[cell], -cell[0], label_place(cell[1])))
     lengths = {length for length, _ in cells}
-    gaps = [n for n, s in every.items() if n <= LONGEST and n not in lengths]
-    detail = f"worst at {length:,}, depth {depth}; {len(cells)} cells of {len(lengths)} lengths to {max(lengths):,}"
-    detail += f"; no depths at {', '.join(f'{gap:,}' for gap in sorted(gaps))}" if gaps else ""
-    worst = _percent(cells[length, depth])
-    return _judge(name, "≥", 98, 100, worst, "%", detail, complete=max(lengths) >= LONGEST and not gaps)
+    gaps = [n for n in LENGTHS if sum(length == n for length, _ in cells) < DEPTHS]
+    detail = f"worst at {length:,}, depth {depth}; {len(cells)} cells of {len(lengths)} lengths"
+    sequences = every[length].get("sequences")
+    detail += f", {sequences:g} sequences a length and seed" if math.isfinite(sequences) else ""
+    detail += f"; fewer than {DEPTHS} depths at {', '.join(f'{gap:,}' for gap in gaps)}" if gaps else ""
+    seeds = min(every[n].seeds for n in lengths)
+    detail += f"; {seeds} of {SEEDS} seeds wanted" if seeds < SEEDS else ""
+    complete = not gaps and seeds >= SEEDS
+    return _judge(name, "≥", 98, 100, _percent(cells[length, depth]), "%", detail, complete)
 
 
 def _duplication(summaries: Summaries, rounds: int) -> Target:
@@ -128,7 +137,8 @@ def _duplication(summaries: Summaries, rounds: int) -> Target:
     found = [s for s in mine if s.setting == f"rounds={rounds}"] or (as_trained if rounds == 4 else [])
     if not found or not found[0].seeds:
         return _judge(name, "≥", least, stretch, NAN, "%", _missing(found[0] if found else None))
-    return _judge(name, "≥", least, stretch, _percent(found[0].mean), "%", _seeds(found[0]))
+    enough = found[0].seeds >= SEEDS
+    return _judge(name, "≥", least, stretch, _percent(found[0].mean), "%", _seeds(found[0]), enough)
 
 
 def _scaling(benchmark: Benchmark | None) -> list[Target]:
@@ -138,7 +148,7 @@ def _scaling(benchmark: Benchmark | None) -> list[Target]:
     beta = memory.exponent if memory else NAN
     least, stretch = (low <= beta <= high if memory else None for low, high in ((0.95, 1.05), (0.98, 1.02)))
     return [
-        _judge("whole model, α over 16k to 131k, upper 95 % bound", "≤", 1.15, 1.05, time.high if time else NAN, "",
+        _judge("whole model, α over 16k to 131k, upper 95 % bound", "≤", 1.15, 1.05, time.upper if time else NAN, "",
                time_said),
         Target("whole model, β over 16k to 131k", "0.95 to 1.05", "0.98 to 1.02", beta, "", least, stretch,
                memory_said),

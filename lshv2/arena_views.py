@@ -80,6 +80,14 @@ def quality_lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     return found
 
 
+def quality_twins(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """What LSH's lines are compared with, by model: dense, and windows, of these the ones trained for the curve alone
+    where there are any."""
+    twins = [s for s in summaries if s.model != "lsh"]
+    swept = any(s.setting.startswith("window ") for s in twins)
+    return lines([s for s in twins if s.model != "window" or s.setting.startswith("window ") == swept])
+
+
 def shown_score(value: float, metric: str) -> str:
     """`99.1 %`, or `1.234` of bits per byte; "" where not measured. Nothing below 100 % is rounded to it."""
     if not math.isfinite(value):
@@ -87,8 +95,8 @@ def shown_score(value: float, metric: str) -> str:
     if metric != ACCURACY:
         return f"{value:.3f}"
     percent = 100 * value
-    if 99.9 < percent < 100:
-        return f"{math.floor(100 * percent) / 100:.2f} %"
+    if 99 <= percent < 100:
+        return f"{math.floor(round(100 * percent, 6)) / 100:.2f} %"
     digits = "2g" if percent < 1 else "0f" if percent == 100 else "1f"
     return f"{percent:.{digits}} %"
 

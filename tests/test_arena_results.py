@@ -13,7 +13,7 @@ from example_arena import arena_rows, write_arena
 from lshv2 import readme
 from lshv2.arena_plots import draw_arena, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
-from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, shown_score, spread
+from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, quality_twins, shown_score, spread
 from lshv2.errors import UserError
 from lshv2.runs import append_jsonl, write_json
 
@@ -51,6 +51,17 @@ def test_a_later_line_replaces_the_earlier(tmp_path: Path) -> None:
     assert {(s.trained_len, s.setting): s.mean for s in kept.summaries if s.trained_len > 0} == {
         (512, ""): 0.9, (512, "rounds=1"): 0.2, (1024, ""): 0.1}
     assert list(lines(kept.of("mqar"))) == ["LSH", "LSH, trained at 512", "LSH, trained at 1,024"]
+
+
+def test_models_of_a_former_recipe_are_not_averaged_with_the_present_ones(tmp_path: Path) -> None:
+    former = [{**ROW, "seed": seed, "value": 0.2, "trained_by": "old"} for seed in range(3)]
+    elsewhere = {**ROW, "model": "dense", "trained_by": "old"}
+    rows = [*former, elsewhere, {**ROW, "value": 1.0, "seed": 1, "seq_len": 2048, "trained_by": "new"}]
+    content, problems = read_arena(write_arena(tmp_path, rows))
+    assert content is not None and {(s.model, s.seq_len, s.seeds, s.mean) for s in content.summaries} == {
+        ("dense", 1024, 1, 0.5), ("lsh", 2048, 1, 1.0)}
+    assert [str(p) for p in problems] == [
+        f"{FILE} 3 lines are of models that have since been trained otherwise: left out"]
 
 
 def test_the_summary_is_strict_json_and_says_what_has_no_value() -> None:
@@ -119,7 +130,7 @@ def test_levels_take_the_strongest_shortcut_in_the_metrics_own_direction(tmp_pat
 
 def test_nothing_below_100_percent_is_shown_as_it() -> None:
     shown = [shown_score(value, "accuracy") for value in (1, 0.99999, 0.9996, 0.9994, 0.9912, 0.000244, 0, math.nan)]
-    assert shown == ["100 %", "99.99 %", "99.96 %", "99.94 %", "99.1 %", "0.024 %", "0 %", ""]
+    assert shown == ["100 %", "99.99 %", "99.96 %", "99.94 %", "99.12 %", "0.024 %", "0 %", ""]
 
 
 def test_the_quality_curve_joins_shapes_that_were_trained_and_differ_in_one_thing(tmp_path: Path) -> None:
@@ -134,6 +145,14 @@ def test_the_quality_curve_joins_shapes_that_were_trained_and_differ_in_one_thin
     assert found == {"LSH, rounds 1": [132], "LSH, rounds 4": [132, 324], "LSH, rounds 4, 64 cells": [324]}
     only_asked = quality_lines(arena(tmp_path / "b", *asked).of("mqar", None))
     assert list(only_asked) == ["LSH, rounds 1", "LSH, rounds 4"]
+
+
+def test_the_quality_curve_is_compared_with_the_windows_of_its_own_training(tmp_path: Path) -> None:
+    rows = [{**ROW, "model": "window", "value": 0.1}, {**ROW, "model": "dense", "value": 0.9}]
+    swept = {**ROW, "model": "window", "value": 0.3, "setting": "window 64"}
+    for folder, more, value in (("a", [], 0.1), ("b", [swept], 0.3)):
+        twins = quality_twins(arena(tmp_path / folder, *rows, *more).of("mqar", None))
+        assert {s.model: s.mean for line in twins.values() for s in line} == {"dense": 0.9, "window": value}
 
 
 def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:

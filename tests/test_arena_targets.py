@@ -23,6 +23,11 @@ def row(task: str, length: int, value: float | None, model: str = "lsh", **more:
             "metric": "accuracy", "value": value, **more}
 
 
+def seeds(*rows: dict[str, Any], n: int = 3) -> list[dict[str, Any]]:
+    """The same of n seeds."""
+    return [{**r, "seed": seed} for r in rows for seed in range(n)]
+
+
 def judged(folder: Path, *rows: dict[str, Any], benchmark: Benchmark | None = None) -> dict[str, Target]:
     arena = read_arena(write_arena(folder, list(rows)))[0]
     assert arena is not None
@@ -41,9 +46,12 @@ def test_mqar_is_judged_at_its_worst_length(tmp_path: Path, leads: tuple[float, 
     rows = [row("mqar", n, value, model) for n, lead in zip((1024, 4096), leads, strict=True)
             for model, value in (("dense", 0.9), ("lsh", 0.9 - lead))]
     name = "MQAR, 64 pairs, dense − LSH, every length where dense fits"
+    rows = seeds(*rows)
     target = judged(tmp_path / "a", *rows, row("mqar", LONG, None, "dense"))[name]
     assert verdict(target) == said and target.value == pytest.approx(100 * max(leads))
-    gap = judged(tmp_path / "b", *rows, row("mqar", 8192, 0.9, "dense"))[name]
+    few = judged(tmp_path / "c", *rows[1:])[name]
+    assert verdict(few) == ("missed" if said == "missed" else "not measured"), "two seeds of dense at one length"
+    gap = judged(tmp_path / "b", *rows, *seeds(row("mqar", 8192, 0.9, "dense")))[name]
     assert verdict(gap) == ("missed" if said == "missed" else "not measured") and "no value at 8,192" in gap.detail
 
 
@@ -57,9 +65,11 @@ def test_twins_that_were_trained_differently_are_not_compared(tmp_path: Path) ->
 
 def test_the_mean_over_seeds_is_judged_and_the_lowest_told(tmp_path: Path) -> None:
     name = "MQAR, n/64 pairs, trained to 2,048 at most, at 131,072"
-    rows = [row("mqar_dense_pairs", LONG, value, seed=n) for n, value in enumerate((0.94, 0.97))]
+    rows = [row("mqar_dense_pairs", LONG, value, seed=n) for n, value in enumerate((0.94, 0.97, 0.955))]
     target = judged(tmp_path / "a", *rows)[name]
-    assert (target.value, verdict(target), target.detail) == (95.5, "met", "2 seeds, the lowest 94 %")
+    assert (target.value, verdict(target), target.detail) == (95.5, "met", "3 seeds, the lowest 94 %")
+    two = judged(tmp_path / "e", *rows[:2])[name]
+    assert (verdict(two), two.detail) == ("not measured", "2 seeds of 3 wanted, the lowest 94 %")
     longer = [{**r, "trained_len": 4096} for r in rows]
     assert verdict(judged(tmp_path / "b", *longer)[name]) == "not measured", "trained longer than the target allows"
     changed = [{**r, "setting": "rounds=8"} for r in rows]
@@ -70,31 +80,47 @@ def test_the_mean_over_seeds_is_judged_and_the_lowest_told(tmp_path: Path) -> No
 
 def test_induction_counts_when_trained_at_256(tmp_path: Path) -> None:
     name = "induction heads, trained at 256, at 131,072"
-    target = judged(tmp_path, row("induction", LONG, 0.2), row("induction", LONG, 0.99996, trained_len=256))[name]
+    rows = seeds(row("induction", LONG, 0.2), row("induction", LONG, 0.99996, trained_len=256))
+    target = judged(tmp_path, *rows)[name]
     assert verdict(target) == "met" and target.value == 99.99, "99.996 % is not 100 %"
 
 
-@pytest.mark.parametrize("length, worst, said", [(LONG, 1.0, "met, stretch too"), (LONG, 0.985, "met"),
-                                                 (LONG, 0.9, "missed"), (16_384, 1.0, "not measured"),
-                                                 (16_384, 0.9, "missed")])
-def test_needles_are_judged_at_their_worst_depth(tmp_path: Path, length: int, worst: float, said: str) -> None:
-    rows = [row("passkey", n, 1.0, by={"depth": {"0": 1.0, "0.5": worst if n == length else 1.0}})
-            for n in (1024, length)]
-    target = judged(tmp_path, *rows)["passkey, every depth and length to 131,072"]
+def needles(task: str, length: int = LONG, worst: float = 1.0, upto: int = LONG, depths: int = 10) -> list[Any]:
+    """Of three seeds at every length up to `upto`, all right but for one depth at `length`."""
+    return seeds(*(row(task, n, 1.0, sequences=200, by={"depth": {
+        f"{d / 9:.3g}": worst if (n, d) == (length, 5) else 1.0 for d in range(depths)}})
+        for n in (1 << e for e in range(10, 18)) if n <= upto))
+
+
+@pytest.mark.parametrize("length, worst, upto, said", [
+    (LONG, 1.0, LONG, "met, stretch too"), (LONG, 0.985, LONG, "met"), (LONG, 0.9, LONG, "missed"),
+    (16_384, 1.0, 16_384, "not measured"), (16_384, 0.9, 16_384, "missed"),
+])
+def test_needles_are_judged_at_the_worst_depth(tmp_path: Path, length: int, worst: float, upto: int, said: str) -> None:
+    target = judged(tmp_path, *needles("passkey", length, worst, upto))["passkey, every depth and length to 131,072"]
     assert verdict(target) == said and target.value == 100 * worst
-    assert worst == 1 or f"worst at {length:,}, depth 0.5" in target.detail
+    assert worst == 1 or f"worst at {length:,}, depth 0.556" in target.detail
+    assert "200 sequences a length and seed" in target.detail
 
 
-def test_a_needle_length_without_depths_leaves_it_open(tmp_path: Path) -> None:
-    rows = [row("kv_needle", LONG, 1.0, by={"depth": {"0": 1.0}}), row("kv_needle", 1024, None)]
-    target = judged(tmp_path, *rows)["key–value needle, every depth and length to 131,072"]
-    assert verdict(target) == "not measured" and "no depths at 1,024" in target.detail
+def test_needles_that_were_not_measured_everywhere_are_not_met(tmp_path: Path) -> None:
+    name = "key–value needle, every depth and length to 131,072"
+    whole = needles("kv_needle")
+    for folder, rows, why in (
+        ("a", [*needles("kv_needle", depths=9)[:3], *whole[3:]], "fewer than 10 depths at 1,024"),
+        ("b", whole[:-3] + seeds(row("kv_needle", LONG, None)), "fewer than 10 depths at 131,072"),
+        ("c", whole[3:], "fewer than 10 depths at 1,024"),
+        ("d", [r for r in whole if r["seed"]], "2 of 3 seeds wanted"),
+    ):
+        target = judged(tmp_path / folder, *rows)[name]
+        assert verdict(target) == "not measured" and why in target.detail, folder
 
 
 def test_duplication_goes_by_the_rounds_of_the_evaluation(tmp_path: Path) -> None:
     rows = [row("duplication", 1024, 0.9995, rounds=4), row("duplication", 1024, 0.91, setting="rounds=1", rounds=1),
             row("duplication", 1024, 0.98, setting="rounds=2", rounds=2)]
     names = {n: f"duplication, 1,024 tokens, 4 rounds trained, {n} evaluated" for n in (1, 2, 4, 8)}
+    rows = seeds(*rows)
     found = judged(tmp_path / "a", *rows)
     assert [verdict(found[name]) for name in names.values()] == ["met", "missed", "met", "not measured"]
     other = judged(tmp_path / "b", *({**r, "rounds": 2} for r in rows))
@@ -102,8 +128,8 @@ def test_duplication_goes_by_the_rounds_of_the_evaluation(tmp_path: Path) -> Non
 
 
 def test_listops_takes_the_longest_length(tmp_path: Path) -> None:
-    target = judged(tmp_path, row("listops", 1024, 0.9), row("listops", 2048, 0.55))["ListOps"]
-    assert (target.value, verdict(target), target.detail) == (55.0, "met", "1 seed, at 2,048")
+    target = judged(tmp_path, *seeds(row("listops", 1024, 0.9), row("listops", 2048, 0.55)))["ListOps"]
+    assert (target.value, verdict(target), target.detail) == (55.0, "met", "3 seeds, the lowest 55 %, at 2,048")
 
 
 @pytest.mark.parametrize("device, first, last, said", [

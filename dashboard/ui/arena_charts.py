@@ -8,7 +8,7 @@ from html import escape
 import plotly.graph_objects as go
 
 from lshv2.arena_results import ACCURACY, BITS, Summary, label_place
-from lshv2.arena_views import levels, lines, quality_lines, shown_score, spread, trained_to
+from lshv2.arena_views import levels, lines, quality_lines, quality_twins, shown_score, spread, trained_to
 from lshv2.axes import short
 from ui.style import GREY, PALETTE, faded, figure, length_axis
 
@@ -137,7 +137,7 @@ def quality_chart(here: list[Summary]) -> go.Figure:
     for n, (title, line) in enumerate(swept.items()):
         _sweep(chart, title, line, PALETTE[(0, 4, 6, 1, 7, 3)[n % 6]], "circle")
     reach = [s.get("keys_a_query") for line in swept.values() for s in line]
-    for title, line in lines([s for s in here if s.model != "lsh"]).items():
+    for title, line in quality_twins(here).items():
         colour, keys = _colour(line[0].model), {s.get("keys_a_query") for s in line}
         if len(keys) > 1:
             _sweep(chart, title, sorted(line, key=lambda s: s.get("keys_a_query")), colour, "diamond")

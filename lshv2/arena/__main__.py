@@ -6,6 +6,7 @@ import argparse
 import math
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lshv2.arena
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lengths", nargs="+", type=int, help="default: 1,024 to 131,072 in powers of two")
     parser.add_argument("--sequences", type=int, help="judged at each length")
+    parser.add_argument("--asked", type=int, default=0, metavar="N", help="judge by other sequences than the reported "
+                        "ones (0): what a recipe is chosen by")
     parser.add_argument("--steps", type=int, help="of training, instead of the recipes'")
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE.py", help="files with tasks of your own")
     parser.add_argument("--sweep", action="store_true", help="the quality curve: rounds, bucket size and cells instead")
@@ -46,6 +49,7 @@ def main() -> None:
             plugins = [str(Path(path).resolve()) for path in arguments.plugins]
             jobs = plan(arguments.tasks or task_names(), arguments.attentions, arguments.seeds, arguments.lengths,
                         arguments.small, plugins, changes)
+        jobs = [replace(job, asked=arguments.asked) for job in jobs]
         arguments.out.mkdir(parents=True, exist_ok=True)
         gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
         command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])

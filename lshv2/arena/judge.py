@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,20 +24,23 @@ SHORTCUTS = 1000  # sequences that shortcuts are tried on, at most
 def judge(
     model: LSHModel, task: ArenaTask, length: int, sequences: int, device: torch.device, seed: int = 0
 ) -> dict[str, Any]:
-    """`metric value chance shortcuts by scored sequences milliseconds peak_mb` of sequences that no training saw.
+    """`metric value chance shortcuts by scored sequences peak_mb` of sequences that no training saw.
 
     The sequences depend on (seed, length) alone, so that all models and seeds of a study are asked the same.
-    milliseconds: the median time of a batch's forward, divided by its sequences. peak_mb: the device's, model included.
+    peak_mb: the device's, model included. Raises ValueError where sequences have different numbers of answers. Time is
+    not taken: a batch is asked once, beside other jobs; `lshv2.benchmark` measures it.
     """
     model.eval()
     meter = Meter(device)
     meter.reset_peak()
-    outcomes, groups, seen, times = [], [], [], []
+    outcomes, groups, seen = [], [], []
     for examples in _batches(task, length, sequences, seed):
         ids, labels = (to_device(x, device) for x in (examples.input_ids, examples.labels))
         result: list[Tensor] = []
-        answer = partial(_answer, result, model, ids, labels, task, device)
-        times.append(meter.milliseconds(answer) / len(ids))
+        counts = (examples.labels[:, 1:] != IGNORED).sum(1)
+        if counts.min() != counts.max():
+            raise ValueError(f"{task.name}: {counts.min()} to {counts.max()} answers a sequence; all need as many")
+        _answer(result, model, ids, labels, task, device)
         outcome, steps = (x.float().cpu().numpy().astype(np.float64).reshape(len(ids), -1) for x in result)
         extra = {"ponder_step": steps.astype(np.int64)} if model.config.use_ponder else {}
         outcomes.append(outcome)
@@ -50,8 +52,7 @@ def judge(
     return {
         "metric": task.metric, "value": _mean(per_sequence, task), "chance": task.chance(length),
         "shortcuts": task.shortcuts(_joined(seen)), "by": _by(named, values, per_sequence, task),
-        "scored": int(values.size), "sequences": len(values), "milliseconds": round(float(np.median(times)), 4),
-        "peak_mb": round(meter.peak_mb(), 1),
+        "scored": int(values.size), "sequences": len(values), "peak_mb": round(meter.peak_mb(), 1),
         **({"by_token": float(values.mean())} if task.exact else {}),
     }
 

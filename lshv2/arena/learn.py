@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lshv2.arena.recipes import Recipe
+from lshv2.arena.registry import load_plugins
 from lshv2.arena.task import ArenaTask
 from lshv2.config import TrainingConfig
 from lshv2.evaluation import Batch
@@ -79,9 +80,11 @@ class _Steps:
 
 def train(
     model: LSHModel, task: ArenaTask, recipe: Recipe, seed: int, device: torch.device,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None, plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train in place: `steps train_seconds loss_train` (means over twenty parts). on_step: every CHECK_EVERY steps.
+
+    plugins: files that define the task, for the processes that draw.
 
     Raises FloatingPointError when the loss is not finite.
     """
@@ -89,7 +92,7 @@ def train(
     losses: list[Tensor] = []
     model.train()
     began = time.perf_counter()
-    for step, (ids, labels) in enumerate(_drawn(task, recipe, seed, device), 1):
+    for step, (ids, labels) in enumerate(_drawn(task, recipe, seed, device, plugins), 1):
         losses.append(one(step - 1, ids, labels))
         if step % CHECK_EVERY == 0 or step == recipe.steps:
             newest = torch.stack(losses[-CHECK_EVERY:]).mean().item()
@@ -100,11 +103,13 @@ def train(
     return {"steps": recipe.steps, "train_seconds": round(time.perf_counter() - began, 2), "loss_train": curve}
 
 
-def _drawn(task: ArenaTask, recipe: Recipe, seed: int, device: torch.device) -> Iterator[Batch]:
+def _drawn(
+    task: ArenaTask, recipe: Recipe, seed: int, device: torch.device, plugins: Sequence[str] = ()
+) -> Iterator[Batch]:
     """Batches of all steps, drawn some steps ahead by others."""
     workers = min(16 if task.in_processes else 8, os.cpu_count() or 1)
     if task.in_processes:
-        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), load_plugins, (plugins,))
     else:
         pool = ThreadPoolExecutor(workers)
     with pool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import queue
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from lshv2.arena.study import Job, missing, rows_of, run_job
 
@@ -28,26 +30,72 @@ def run_pool(
     """Run what is missing; returns how many jobs are left. gpus: one entry a process, "" for one on the CPU.
 
     time_limit: seconds after which no job is started. A job that fails is said and left; the others go on. on_done:
-    called after each that ended, well or not.
+    called after each that ended, well or not. What failed beside other jobs, as for want of memory, is tried once more
+    alone on its GPU.
     """
-    rows = rows_of(folder)
-    todo = in_order([job for job in jobs if missing(job, rows)])
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for gpu in gpus:
-        queue.put(gpu)
     deadline = time.time() + time_limit
-    with ProcessPoolExecutor(len(gpus), context, _choose_gpu, (queue,)) as pool:
-        futures = {pool.submit(_work, job, folder, deadline, command): job for job in todo}
-        for future in as_completed(futures):
-            job = futures[future]
-            try:
-                print(future.result(), flush=True)
-            except Exception as error:
-                print(f"FAILED {job.task} {job.model} seed {job.seed}: {type(error).__name__}: {error}", flush=True)
-            on_done(job)
+    _pass(jobs, folder, gpus, deadline, command, on_done)
+    alone = list(dict.fromkeys(gpus))
+    if len(alone) < len(gpus):
+        _pass(jobs, folder, alone, deadline, command)
     rows = rows_of(folder)
     return sum(bool(missing(job, rows)) for job in jobs)
+
+
+def _pass(
+    jobs: list[Job], folder: Path, gpus: list[str], deadline: float, command: str,
+    on_done: Callable[[Job], None] = lambda job: None,
+) -> None:
+    """Each slot is a thread here with a process of its own, so that one that dies takes no other's job with it."""
+    rows = rows_of(folder)
+    slots: queue.Queue[_Slot] = queue.Queue()
+    for gpu in gpus:
+        slots.put(_Slot(gpu, shared=gpus.count(gpu) > 1))
+
+    def run(job: Job) -> str:
+        slot = slots.get()
+        try:
+            return slot.run(_work, job, folder, deadline, command, slot.shared)
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        futures = {pool.submit(run, job): job for job in in_order([job for job in jobs if missing(job, rows)])}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                try:
+                    print(future.result(), flush=True)
+                except Exception as error:
+                    print(f"FAILED {job.task} {job.model} seed {job.seed}: {type(error).__name__}: {error}", flush=True)
+                on_done(job)
+        except BaseException:  # an interrupt, say: what waits must not begin while the rest ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    while not slots.empty():
+        slots.get().end()
+
+
+class _Slot:
+    """A process with one GPU to see, made anew after a failure: an error of CUDA's stays with the process it met."""
+
+    def __init__(self, gpu: str, shared: bool) -> None:
+        self.gpu, self.shared = gpu, shared
+        self.process: ProcessPoolExecutor | None = None
+
+    def run(self, work: Callable[..., str], *arguments: Any) -> str:
+        if self.process is None:
+            self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
+        try:
+            return self.process.submit(work, *arguments).result()
+        except Exception:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.shutdown()
+        self.process = None
 
 
 def in_order(jobs: list[Job]) -> list[Job]:
@@ -56,16 +104,16 @@ def in_order(jobs: list[Job]) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.seed, -job.recipe.steps * job.recipe.tokens * job.config.n_layers))
 
 
-def _choose_gpu(queue: multiprocessing.Queue[str]) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = queue.get()
+def _choose_gpu(gpu: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
-def _work(job: Job, folder: Path, deadline: float, command: str) -> str:
+def _work(job: Job, folder: Path, deadline: float, command: str, shared: bool) -> str:
     label = f"{job.task} {job.model} seed {job.seed}"
     if time.time() > deadline:
         return f"{label}: not started, the time is up"
     began, values, losses = time.monotonic(), list[str](), list[float]()
     run_job(job, folder, lambda line: values.append(line.rsplit(" ", 1)[1]), command,
-            lambda step, loss: losses.append(loss))
+            lambda step, loss: losses.append(loss), shared)
     shown = " ".join(f"{loss:.4f}" for loss in losses[:: max(1, len(losses) // 8)])
     return f"{label}: {' '.join(values)}  ({time.monotonic() - began:.0f} s; losses on the way {shown})"

@@ -33,7 +33,7 @@ class Recipe:
     learning_rate: float = 3e-3
     settings: dict[str, Any] = field(default_factory=dict)
     judged: tuple[int, ...] | None = None
-    sequences: int = 100
+    sequences: int = 60
 
     def model(self, vocab_size: int, attention: Attention, longest: int) -> ModelConfig:
         """A model's shape; longest: the longest sequence it will see."""
@@ -66,23 +66,26 @@ TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size
 RECIPES: dict[str, Recipe] = {
     "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
     "mqar_dense_pairs": Recipe(SHORT, 4000, 16_384, settings=RECALL),
-    "duplication": Recipe(SHORT[:-1], 10_000, settings={**TWICE, "short_conv": 5}, judged=(1024,)),
+    "duplication": Recipe(SHORT[:-1], 10_000, settings={**TWICE, "short_conv": 5}, judged=(1024,), sequences=100),
     "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
-    "selective_copying": Recipe(COPIED, 8000, settings=COPY),
-    "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY),
-    "passkey": Recipe((16, 32, 64, *WHOLE), 5000, settings={**WIDE, "short_conv": 5}),  # each digit sees the marker
-    "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH),
-    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32}),
+    "selective_copying": Recipe(COPIED, 8000, settings=COPY, sequences=200),
+    "selective_copying_dense": Recipe(COPIED, 8000, settings=COPY, sequences=200),
+    "passkey": Recipe(  # each digit sees the marker
+        (16, 32, 64, *WHOLE), 5000, settings={**WIDE, "short_conv": 5}, sequences=200
+    ),
+    "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH, sequences=200),
+    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32}, sequences=200),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
     "listops": Recipe(LADDER, 20_000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
     "bytes": Recipe(
-        (16_384,), 1500, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256}, sequences=8
+        (16_384,), 1500, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256},
+        judged=LENGTHS[4:], sequences=8,
     ),
 }
 DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
 # The quality curve's points are many and lie far apart: half of the steps tell them from each other.
-LIGHTER: dict[str, dict[str, Any]] = {"duplication": {"steps": 5000, "settings": TWICE}}
+LIGHTER: dict[str, dict[str, Any]] = {"duplication": {"steps": 5000, "settings": TWICE, "sequences": 60}}
 # Numbers of probes that LSH is judged with, beside what it was trained with: what finding costs, and what it misses.
 ASKED_WITH = {"duplication": (1, 2, 8)}
 

@@ -1,6 +1,6 @@
 """The study: which models are trained and judged, and what is there already.
 
-    run_study(folder, plan(tasks, attentions, seeds), workers=[None])
+    for job in plan(tasks, attentions, seeds): run_job(job, folder)     # side by side: `lshv2.arena.pool.run_pool`
 
 A job trains one model and judges it at each length; each length is a line of `arena.jsonl`, written when it is there.
 The weights lie in `arena/` beside it, with what they were trained with, so that a killed study trains nothing twice.
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, Attention, Recipe, recipe
+from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, RECIPES, Attention, Recipe, recipe
 from lshv2.arena.registry import get_task, load_plugins
 from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
@@ -37,7 +37,8 @@ class Job:
     """One model: its task, attention and seed, the recipe, and how it is judged.
 
     settings: name -> model settings that only the judging changes ("" for none: {}). label: of a model that is not its
-    task's usual one, in its rows' `setting`.
+    task's usual one, in its rows' `setting`. asked: which sequences it is judged by: 0 the reported ones, other numbers
+    others, to choose a recipe by; the rows' `setting` says so.
     """
 
     task: str
@@ -48,6 +49,7 @@ class Job:
     settings: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (("", ()),)
     plugins: tuple[str, ...] = ()
     label: str = ""
+    asked: int = 0
 
     @property
     def config(self) -> ModelConfig:
@@ -57,12 +59,21 @@ class Job:
     @property
     def trained_as(self) -> str:
         """What decides the weights; a changed recipe or task trains anew."""
-        version = get_task(self.task).version
-        name = self.task if version == 1 else f"{self.task} {version}"
+        return self._hash(self.seed)
+
+    @property
+    def trained_by(self) -> str:
+        """The same but for the seed: what is averaged has it in common."""
+        return self._hash(None)
+
+    def _hash(self, seed: int | None) -> str:
+        task = get_task(self.task)
+        name = self.task if task.version == 1 else f"{self.task} {task.version}"
+        name += f" of {task.source}" if task.source else ""
         config = self.config.model_dump(exclude={"max_seq_len"})
         config |= {} if self.config.use_ponder else UNUSED
         of = {name: value for name, value in asdict(self.recipe).items() if name not in ("judged", "sequences")}
-        return hashlib.sha256(json.dumps([name, self.seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([name, seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plan(
@@ -78,7 +89,7 @@ def plan(
     jobs = []
     for name in tasks:
         task = get_task(name)
-        how = replace(recipe(name, small), **(changes or {}))
+        how = replace(recipe(name if name in RECIPES else task.like, small), **(changes or {}))
         judged = tuple(n for n in lengths or how.judged or LENGTHS if n >= task.min_length)
         if not judged:
             raise UserError(f"arena: no length is long enough for {name}, which takes {task.min_length} tokens or more")
@@ -109,25 +120,26 @@ def rows_of(folder: Path) -> dict[tuple[Any, ...], Row]:
 
 
 def missing(job: Job, rows: dict[tuple[Any, ...], Row]) -> list[tuple[str, int]]:
-    """(setting, length) that are still to be judged."""
+    """(setting, length) still to be judged. Too little memory is an answer only where no other job had some of it."""
     wanted = [(_named(job, name), n) for name, _ in job.settings for n in job.lengths]
     there = {(row["setting"], row["seq_len"]) for row in rows.values()
-             if row.get("trained_as") == job.trained_as and row["sequences"] == job.recipe.sequences}
+             if row.get("trained_as") == job.trained_as and row["sequences"] >= job.recipe.sequences
+             and not (row["status"] == "out of memory" and row.get("shared"))}
     return [each for each in wanted if each not in there]
 
 
 def _named(job: Job, setting: str) -> str:
     """What a row's `setting` says: how the model differs, and what the judging changed."""
-    return ", ".join(part for part in (job.label, setting) if part)
+    return ", ".join(part for part in (job.label, setting, f"sequences {job.asked}" if job.asked else "") if part)
 
 
 def run_job(
     job: Job, folder: Path, report: Callable[[str], None] = print, command: str = "",
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None, shared: bool = False,
 ) -> int:
     """Train the model, unless its weights are there, and judge what is missing; returns the number of new rows.
 
-    report: a line for each measurement. on_step: see `learn.train`.
+    report: a line for each measurement. on_step: see `learn.train`. shared: others use the GPU at the same time.
     """
     load_plugins(job.plugins)
     todo = missing(job, rows_of(folder))
@@ -139,7 +151,8 @@ def run_job(
     for setting, length in todo:
         judged_with = {_named(job, name): dict(changed) for name, changed in job.settings}
         _configure(model, job.config.model_copy(update=judged_with[setting]))
-        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length), "command": command}
+        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length), "shared": shared,
+               "command": command}
         append_jsonl(folder / ARENA, row)
         shown = "-" if row["value"] is None else f"{row['value']:.4f}"
         report(f"{job.task} {job.model} seed {job.seed} {setting} {length}: {task.metric} {shown}")
@@ -164,13 +177,13 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
         model.load_state_dict(state["model"])
     else:
         task.split = "train"
-        figures = train(model, task, job.recipe, job.seed, device, on_step)
+        figures = train(model, task, job.recipe, job.seed, device, on_step, job.plugins)
         state = {"trained_as": job.trained_as, "figures": figures, "model": model.state_dict()}
         with atomic_path(weights) as temporary:
             torch.save(state, temporary)
     return model, {
         "schema": SCHEMA, "task": job.task, "model": job.model, "seed": job.seed, "trained_as": job.trained_as,
-        "trained_len": max(job.recipe.lengths), "steps": state["figures"]["steps"],
+        "trained_by": job.trained_by, "trained_len": max(job.recipe.lengths), "steps": state["figures"]["steps"],
         "train_seconds": state["figures"]["train_seconds"], "parameters": model.count_parameters(),
         "device": device_name(device), "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "torch": torch_version(), **git_state(),
@@ -178,7 +191,7 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
 
 
 def _judged(job: Job, task: ArenaTask, model: Any, length: int) -> Row:
-    """What was found at one length; a null value where it does not fit into memory."""
+    """What was found at one length; a null value where it does not fit into memory, or the task has no such length."""
     import torch
 
     from lshv2.arena.judge import judge
@@ -187,10 +200,13 @@ def _judged(job: Job, task: ArenaTask, model: Any, length: int) -> Row:
     device = next(model.parameters()).device
     task.split = "eval"
     try:
-        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device)}
+        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device, job.asked)}
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         result = {"metric": task.metric, "value": None, "status": "out of memory", "reason": str(error)[:200],
+                  "sequences": job.recipe.sequences}
+    except UserError as error:
+        result = {"metric": task.metric, "value": None, "status": "not run", "reason": str(error)[:200],
                   "sequences": job.recipe.sequences}
     return {
         **result, "rounds": config.n_rounds, "bucket_size": config.bucket_size,

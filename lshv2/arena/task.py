@@ -51,8 +51,9 @@ class ArenaTask(ABC):
 
     exact: a sequence counts as right only when all its answers are. min_length: shorter sequences do not fit.
     metric: "accuracy", or "bits_per_byte", of which less is better. version: raised whenever the sequences change, so
-    that models of earlier ones are trained and judged anew. in_processes: drawing is Python rather than numpy, so that
-    training draws in processes instead of threads.
+    that models of earlier ones are trained and judged anew; so does another `source`, what the sequences are made of.
+    in_processes: drawing is Python rather than numpy, so that training draws in processes instead of threads. like: the
+    task whose recipe it learns by, unless `recipes.RECIPES` has one under its own name.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,8 @@ class ArenaTask(ABC):
     metric: ClassVar[str] = "accuracy"
     version: ClassVar[int] = 1
     in_processes: ClassVar[bool] = False
+    source: ClassVar[str | None] = None
+    like: ClassVar[str] = ""
     split: str = "eval"  # what is drawn from, where there is a corpus: "train" while a model learns
 
     @abstractmethod

@@ -141,24 +141,38 @@ class ListOps(ArenaTask):
         return 1 / 10
 
     def shortcuts(self, examples: Examples) -> dict[str, float]:
-        """The most frequent class; that of each root operation; the root operation's value on the digits right below
-        it (without any, its most frequent class)."""
+        """The most frequent class; that of each root operation; the value of the root operation on the digits right
+        below it, and of the two upper levels of operations (where these have no digit, its most frequent class)."""
         answers = examples.answers()[:, 0]
         roots = examples.input_ids[:, 0]
         usual = {root: int(np.bincount(answers[roots == root]).argmax()) for root in np.unique(roots)}
-        literal = [_literal(row, usual) for row in examples.input_ids]
+        trees = [row[: row.index(EQUALS)] for row in examples.input_ids.tolist()]
+
+        def reached(levels: int) -> float:
+            values = [upper(tree, levels) for tree in trees]
+            return float(np.mean([usual[r] if v is None else v for r, v in zip(roots, values, strict=True)] == answers))
+
         return {
             "the most frequent class": float(np.bincount(answers).max() / len(answers)),
             "the root operation alone": float(np.mean([usual[r] == a for r, a in zip(roots, answers, strict=True)])),
-            "the root operation on its own digits": float(np.mean(literal == answers)),
+            "the root operation on its own digits": reached(1), "the two upper levels": reached(2),
         }
 
 
-def _literal(row: np.ndarray, usual: dict[int, int]) -> int:
-    opens = (row >= 10) & (row < CLOSE)
-    depth = np.cumsum(opens.astype(int) - (row == CLOSE))
-    digits = row[(row < 10) & (depth == 1)].tolist()
-    return apply(int(row[0]) - 10, digits) if digits and row[0] >= 10 else usual[int(row[0])]
+def upper(tokens: list[int], levels: int) -> int | None:
+    """The value of a tree without what lies below `levels` operations; an operation that is left without a digit
+    vanishes too: None for a whole tree that does."""
+    stack: list[list[int]] = [[]]
+    for token in tokens:
+        if 10 <= token < CLOSE:
+            stack.append([token])
+        elif token == CLOSE:
+            operation, *arguments = stack.pop()
+            if arguments and len(stack) <= levels:
+                stack[-1].append(apply(operation - 10, arguments))
+        elif len(stack) <= levels + 1:
+            stack[-1].append(token)
+    return stack[0][0] if stack[0] else None
 
 
 @register

@@ -41,7 +41,8 @@ class Mqar(ArenaTask):
         return 1 / n_values(self.vocab_size)
 
     def shortcuts(self, examples: Examples) -> dict[str, float]:
-        return {"one of the values shown": 1 / examples.answers().shape[1]}
+        pairs = examples.answers().shape[1]  # no value stands for two keys, and each is asked once
+        return {"one of the values not asked yet": float((1 / np.arange(1, pairs + 1)).mean())}
 
 
 @register

@@ -45,9 +45,9 @@ class SelectiveCopying(ArenaTask):
         return 1 / SYMBOLS
 
     def shortcuts(self, examples: Examples) -> dict[str, float]:
-        answers = examples.answers()
-        guess = most_common(answers - FIRST, SYMBOLS)[:, None]
-        return {"the most frequent of them": float((guess == answers - FIRST).mean())}
+        answers = examples.answers() - FIRST
+        hits = [most_common(answers[:, at:], SYMBOLS) == answers[:, at] for at in range(answers.shape[1])]
+        return {"the most frequent of those left": float(np.mean(hits))}
 
 
 @register

@@ -32,7 +32,7 @@ class Text(ArenaTask):
     Training windows are of the training documents, evaluated ones of those held out. position: of each byte.
     """
 
-    name, vocab_size, metric = "bytes", 257, "bits_per_byte"
+    name, vocab_size, metric, like = "bytes", 257, "bits_per_byte", "bytes"
     source: ClassVar[str | None] = None  # None: Python's standard library
 
     def settings(self) -> Settings:

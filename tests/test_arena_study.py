@@ -1,0 +1,278 @@
+"""The arena's study: what is planned, missing, shared among processes, killed and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project_files import ROOT
+
+from lshv2.arena import study
+from lshv2.arena.phase import publish, run_arena
+from lshv2.arena.pool import in_order, run_pool
+from lshv2.arena.registry import get_task
+from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena.sweep import POINTS, Point, sweep_jobs
+from lshv2.arena.task import REGISTERED
+from lshv2.arena.tasks.text import Text
+from lshv2.errors import UserError
+from lshv2.runner.phases import PHASE_TABLE, hash_outputs
+from lshv2.runner.sweep import run_sweep
+from lshv2.runs import open_run, read_json, read_jsonl, repo_root, write_json
+
+TINY: dict[str, Any] = {"steps": 4, "sequences": 6}
+
+
+def small_plan(*tasks: str, changes: dict[str, Any] | None = None, **more: Any) -> list[Job]:
+    return plan(tasks, lengths=(64, 200), small=True, changes={**TINY, **(changes or {})}, **more)
+
+
+def test_committed_rows_are_of_the_recipes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the same command trains anew what the folder holds, and the table shows what no recipe gives."""
+    rows = rows_of(repo_root() / "runs" / "reference-h200" / "arena")
+    plain = {(row["task"], row["model"], row["seed"]) for row in rows.values() if row["setting"] == ""}
+    jobs = {(job.task, job.model, job.seed): job for job in plan(sorted({task for task, *_ in plain}), seeds=(0, 1, 2))}
+    assert len(plain) > 60 and [which for which in plain if missing(jobs[which], rows)] == []
+    points = {(row["task"], row["seed"], row["setting"]) for row in rows.values()
+              if row["setting"] in {point.label for point in POINTS if point.label}}
+    swept = {(job.task, job.seed, job.label): job for job in sweep_jobs(("mqar", "duplication"), (0, 1, 2))}
+    known = {job.trained_as: job.trained_by for job in (*jobs.values(), *swept.values())}
+    assert len(points) > 30, "the quality curve's too"
+    assert {which for which in points if missing(replace(swept[which], lengths=(1024,)), rows)} == set()
+    assert {row["trained_as"]: row["trained_by"] for row in rows.values()}.items() <= known.items()
+    twins = {(job.task, job.seed): job.trained_as for job in plan(["mqar", "duplication"], ("dense",), (0, 1, 2))}
+    assert {which[:2]: job.trained_as for which, job in swept.items() if not job.label} == twins
+    plain, = plan(["mqar"], ("lsh",))
+    ponders = replace(plain, recipe=replace(plain.recipe, settings={**plain.recipe.settings, "use_ponder": True}))
+    before = plain.trained_as, ponders.trained_as
+    monkeypatch.setitem(study.UNUSED, "ponder_beta", 9.0)
+    assert plain.trained_as != before[0] and ponders.trained_as == before[1], "where it is read its own value counts"
+
+
+def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    job, = small_plan("induction", attentions=("lsh",))
+    assert run_job(job, tmp_path) == 2
+    rows = read_jsonl(tmp_path / ARENA)[0]
+    assert [(row["seq_len"], row["status"], row["steps"]) for row in rows] == [(64, "ok", 4), (200, "ok", 4)]
+    assert {row["trained_as"] for row in rows} == {job.trained_as} and not missing(job, rows_of(tmp_path))
+    assert run_job(job, tmp_path) == 0, "nothing is computed twice"
+    weights = tmp_path / "arena" / "induction-lsh-0.pt"
+    before = weights.stat().st_mtime_ns
+    longer = replace(job, lengths=(64, 200, 256))
+    assert run_job(longer, tmp_path) == 1 and weights.stat().st_mtime_ns == before, "a new length trains nothing"
+    assert rows_of(tmp_path)[tuple_of(longer, 256)]["value"] is not None
+    changed, = small_plan("induction", attentions=("lsh",), changes={"steps": 5})
+    assert changed.trained_as != job.trained_as and len(missing(changed, rows_of(tmp_path))) == 2
+    assert run_job(changed, tmp_path) == 2 and weights.stat().st_mtime_ns != before
+    last = list(rows_of(tmp_path).values())[-1]
+    assert last["steps"] == 5 and last["trained_as"] == changed.trained_as
+
+
+def test_other_sequences_are_asked_of_the_same_weights(tmp_path: Path) -> None:
+    job, = small_plan("induction", attentions=("lsh",))
+    other = replace(job, asked=1)
+    assert run_job(job, tmp_path, lambda _: None) == run_job(other, tmp_path, lambda _: None) == 2
+    rows = rows_of(tmp_path).values()
+    assert [row["setting"] for row in rows] == ["", "", "sequences 1", "sequences 1"]
+    assert len({row["train_seconds"] for row in rows}) == 1, "trained once"
+    assert missing(job, rows_of(tmp_path)) == missing(other, rows_of(tmp_path)) == []
+
+
+def test_a_seed_comes_before_the_next_and_its_longest_jobs_first() -> None:
+    jobs = [job for steps in (4, 5) for job in small_plan("induction", attentions=("lsh", "dense"), seeds=(0, 1),
+                                                          changes={"steps": steps})]
+    assert [(job.seed, job.recipe.steps) for job in in_order(jobs)] == [(0, 5)] * 2 + [(0, 4)] * 2 + [(1, 5)] * 2 + [
+        (1, 4)] * 2
+
+
+def test_a_task_of_another_version_is_trained_and_judged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, = small_plan("induction", attentions=("lsh",))
+    assert run_job(job, tmp_path) == 2
+    before = (tmp_path / "arena" / "induction-lsh-0.pt").read_bytes()
+    monkeypatch.setattr(type(get_task("induction")), "version", 2)
+    assert len(missing(job, rows_of(tmp_path))) == 2
+    assert run_job(job, tmp_path) == 2 and len(rows_of(tmp_path)) == 4
+    assert (tmp_path / "arena" / "induction-lsh-0.pt").read_bytes() != before
+
+
+def tuple_of(job: Job, length: int) -> tuple[Any, ...]:
+    return job.task, job.model, job.seed, "", length, job.trained_as
+
+
+def test_weights_that_were_judged_are_those_that_lie_there(tmp_path: Path) -> None:
+    job, = small_plan("induction", attentions=("lsh",))
+    run_job(job, tmp_path)
+    first = rows_of(tmp_path)[tuple_of(job, 64)]["value"]
+    (tmp_path / ARENA).unlink()
+    run_job(job, tmp_path)
+    assert rows_of(tmp_path)[tuple_of(job, 64)]["value"] == first
+    state = torch.load(tmp_path / "arena" / "induction-lsh-0.pt", weights_only=True)
+    state["model"]["head.weight"].zero_()
+    state["model"]["head.weight"][7] = 1.0
+    torch.save(state, tmp_path / "arena" / "induction-lsh-0.pt")
+    (tmp_path / ARENA).unlink()
+    run_job(job, tmp_path)
+    assert rows_of(tmp_path)[tuple_of(job, 64)]["value"] in (0.0, *(n / 6 for n in range(1, 4)))
+
+
+def test_duplication_is_asked_with_other_probes(tmp_path: Path) -> None:
+    lsh, dense = small_plan("duplication", attentions=("lsh", "dense"))
+    assert [name for name, _ in lsh.settings] == ["", "rounds=1", "rounds=2", "rounds=8"]
+    assert [name for name, _ in dense.settings] == [""]
+    run_job(replace(lsh, lengths=(64,)), tmp_path)
+    rounds = {row["setting"]: row["rounds"] for row in rows_of(tmp_path).values()}
+    assert rounds == {"": 4, "rounds=1": 1, "rounds=2": 2, "rounds=8": 8}
+
+
+def test_the_sweep_changes_what_its_points_say(tmp_path: Path) -> None:
+    jobs = sweep_jobs(("duplication",), (0, 1), small=True, changes=TINY)
+    assert len(jobs) == 2 * len(POINTS) and len({job.trained_as for job in jobs}) == len(jobs)
+    config = {job.label: job.config for job in jobs[: len(POINTS)]}
+    assert config["R 8, W 8, cells x 1"].n_rounds == config["R 8, W 8, cells x 1"].bucket_size == 8
+    assert config["R 4, W 16, cells x 4"].n_buckets == 4 * config["R 4, W 16, cells x 1"].n_buckets
+    usual, = plan(["duplication"], ("dense",), small=True, changes=TINY)
+    assert config[""] == usual.config, "the dense twin is the arena's own"
+    seen = {config[f"R {r}, W {w}, cells x 1"].n_rounds * w for r, w in ((1, 16), (2, 16), (4, 16), (8, 16), (4, 8))}
+    twins = {c.window - 16 for c in config.values() if c.attention == "window"}
+    assert seen <= twins | {0}, "each number of found keys has a window that sees as many recent ones"
+
+
+def test_the_sweep_executes_a_notebook_a_point_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nbformat", reason="notebooks are executed")
+    some = {"preset": "test", "overrides": {"arena.lengths": [64], "arena.steps": 2}, "seed": 0, "data": None}
+    points = (Point("lsh", 2, 64), Point("window"))
+    assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
+    rows = rows_of(tmp_path / "sweep").values()
+    assert [(row["setting"], row["task"], row["rounds"]) for row in rows] == [
+        ("R 2, W 16, cells x 1", "duplication", 2), ("window 16", "duplication", 4)]
+    assert len(list((tmp_path / "sweep" / "notebooks" / "sweep").glob("*.ipynb"))) == 2
+    assert (tmp_path / "sweep" / "arena.png").exists()
+    assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
+    assert len(read_jsonl(tmp_path / "sweep" / ARENA)[0]) == 2, "nothing is computed twice"
+    assert capsys.readouterr().out.count(": there") == 2
+
+
+PLUGIN = """
+from lshv2.arena.task import register
+from lshv2.arena.tasks.text import Text
+
+@register
+class Pg19(Text):
+    name, source = "pg19", {source!r}
+"""
+
+
+def test_a_text_of_ones_own_takes_one_file(tmp_path: Path) -> None:
+    """As CONTRIBUTING says, by the command line, in processes of their own; killed once on the way."""
+    books = tmp_path / "books"
+    books.mkdir()
+    for i in range(12):
+        (books / f"{i}.txt").write_text(f"Book {i}. " + " ".join(str(i * n % 977) for n in range(900)))
+    plugin = tmp_path / "my_tasks.py"
+    plugin.write_text(PLUGIN.format(source=str(books)))
+    command = [sys.executable, "-m", "lshv2.arena", str(tmp_path / "out"), "--plugins", str(plugin), "--tasks", "pg19",
+               "--attentions", "lsh", "dense", "--seeds", "0", "--lengths", "128", "131072", "--steps", "4",
+               "--sequences", "2", "--small"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    rows = tmp_path / "out" / ARENA
+    deadline = time.monotonic() + 120
+    while not rows.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = read_jsonl(rows)[0]
+    assert kept, "nothing was there when it was killed"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = read_jsonl(rows)[0]
+    assert after[: len(kept)] == kept and len({(r["model"], r["seq_len"]) for r in after}) == len(after) == 4
+    assert {r["task"] for r in after} == {"pg19"} and all(r["metric"] == "bits_per_byte" for r in after)
+    short, long = ([r for r in after if r["seq_len"] == n] for n in (128, 131_072))
+    assert all(1 < r["value"] < 10 for r in short), "hardly trained bytes take between a few bits and eight"
+    assert all(r["status"] == "not run" and "fewer than one window of 131,072" in r["reason"] for r in long)
+
+
+DYING = """
+import os
+from lshv2.arena.task import register
+from lshv2.arena.tasks.induction import Induction
+
+@register
+class Dying(Induction):
+    name, like = "dying", "induction"
+    def draw(self, generator, n, length):
+        os._exit(3)
+
+@register
+class InProcesses(Induction):
+    name, like, in_processes = "in_processes", "induction", True
+"""
+
+
+def test_a_process_that_dies_takes_one_job_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a task of one's own may draw in processes, which know its file too. Beside another it is tried once more."""
+    plugin = tmp_path / "my_tasks.py"
+    plugin.write_text(DYING)
+    jobs = plan(["dying", "in_processes"], ("window",), (0,), (64,), True, (str(plugin),), {"steps": 2, "sequences": 2})
+    jobs[0] = replace(jobs[0], recipe=replace(jobs[0].recipe, steps=3))  # the longer one is the first
+    try:
+        assert run_pool(jobs, tmp_path / "out", [""]) == 1
+        assert [row["task"] for row in rows_of(tmp_path / "out").values()] == ["in_processes"]
+        assert capsys.readouterr().out.count("FAILED dying window seed 0: BrokenProcessPool") == 1
+        assert run_pool(jobs, tmp_path / "out", ["", ""]) == 1
+        assert capsys.readouterr().out.count("FAILED dying") == 2
+    finally:
+        for name in ("dying", "in_processes"):
+            REGISTERED.pop(name, None)
+
+
+def test_too_little_memory_beside_others_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any, **__: Any) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("lshv2.arena.judge.judge", none)
+    job, = plan(["induction"], ("window",), (0,), (64,), True, changes={"steps": 1, "sequences": 2})
+    assert run_job(job, tmp_path, lambda _: None, shared=True) == 1 and missing(job, rows_of(tmp_path)) == [("", 64)]
+    assert run_job(job, tmp_path, lambda _: None) == 1 and missing(job, rows_of(tmp_path)) == []
+    (row,) = rows_of(tmp_path).values()
+    assert (row["status"], row["value"], row["shared"]) == ("out of memory", None, False)
+
+
+def test_a_text_learns_as_bytes_do_and_another_source_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Books(Text):
+        name, source = "books", "/books"
+
+    monkeypatch.setitem(REGISTERED, "books", Books)
+    books, bytes_ = (plan([name], ("lsh",))[0] for name in ("books", "bytes"))
+    assert books.recipe == bytes_.recipe and books.lengths == bytes_.lengths
+    before = books.trained_as
+    monkeypatch.setattr(Books, "source", "/other")
+    assert books.trained_as != before
+
+
+def test_the_phase_leaves_rows_picture_and_averages(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", preset="test")
+    benchmark = next(phase for phase in PHASE_TABLE if phase.name == "04_benchmark")
+    write_json(run.file("benchmark_summary.json"), {"rows": [1]})
+    before = hash_outputs(benchmark, run)
+    averages = run_arena(run)
+    assert {(row["task"], row["model"], row["seq_len"]) for row in averages} == {
+        ("induction", model, n) for model in ("lsh", "dense") for n in (64, 128)}
+    assert run.file("arena.png").exists() and run.file(ARENA).exists()
+    assert read_json(run.file("benchmark_summary.json"))[0] == {"rows": [1], "arena": averages}
+    assert hash_outputs(benchmark, run) == before, "the benchmark's marker would call its own file changed"
+    write_json(run.file("benchmark_summary.json"), {"rows": [2], "arena": averages})
+    assert hash_outputs(benchmark, run) != before
+    publish(run)
+    with pytest.raises(UserError, match="arena task 'other' is unknown"):
+        run_arena(open_run(tmp_path / "run", preset="test", overrides={"arena.tasks": ["other"]}))
