@@ -10,7 +10,7 @@ import pytest
 
 from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.task import Examples, octave
-from lshv2.arena.tasks.listops import CLOSE, EQUALS, read_tsv, upper, value_of
+from lshv2.arena.tasks.listops import CLOSE, EQUALS, ListOps, read_tsv, upper, value_of
 from lshv2.data.jsonl import IGNORED
 from lshv2.errors import UserError
 
@@ -204,6 +204,26 @@ def test_listops_reads_the_original_files(tmp_path: Path) -> None:
     path.write_text("a\tb\n")
     with pytest.raises(UserError, match="no columns Source and Target"):
         read_tsv(path)
+
+
+def test_a_published_file_is_what_a_model_is_judged_by(tmp_path: Path) -> None:
+    path = tmp_path / "basic_test.tsv"
+    rows = [("( ( [MAX 1 2 ) ] )", 2), ("( ( [MIN 7 2 ) ] )", 2), ("( ( [SM 9 3 ) ] )", 2)]
+    path.write_text("Source\tTarget\n" + "".join(f"{source}\t{target}\n" for source, target in rows))
+    lra = type("Lra", (ListOps,), {"name": "lra", "like": "listops", "source": str(path)})
+    task = lra()
+    task.prepare(tmp_path)
+    found = task.draw(np.random.default_rng(0), 3, 6)
+    assert sorted(found.input_ids[:, :4].tolist()) == [[10, 7, 2, CLOSE], [11, 1, 2, CLOSE], [13, 9, 3, CLOSE]]
+    assert found.answers().tolist() == [[2], [2], [2]]
+    for n, length in ((4, 6), (3, 5)):
+        with pytest.raises(UserError, match=f"3 trees of up to 6 tokens; asked: {n} of {length}|tokens are too few"):
+            task.draw(np.random.default_rng(0), n, length)
+    task.split = "train"
+    assert task.draw(np.random.default_rng(0), 8, 64).input_ids.shape == (8, 64), "it learns by generated ones"
+    path.write_text("Source\tTarget\n[MAX 1 2 ]\t1\n")
+    with pytest.raises(UserError, match="line 2 is no ListOps tree"):
+        task.prepare(tmp_path)
 
 
 def test_octaves_are_named_by_their_ends() -> None:

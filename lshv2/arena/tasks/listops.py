@@ -120,15 +120,22 @@ def laid_out(trees: list[Tree], length: int) -> Examples:
 class ListOps(ArenaTask):
     """At 2,001 tokens and more trees of 500 to 2,000, as the Long Range Arena has them. Chance 1/10.
 
-    Shorter sequences, for a model to begin with, hold trees of a quarter of their length to all of it.
+    Shorter sequences, for a model to begin with, hold trees of a quarter of their length to all of it. A subclass with
+    a `source`, one of the Long Range Arena's own .tsv files, is judged by trees of that file.
     """
 
     name, vocab_size, version = "listops", 17, 2
     LEAST, MOST, MAX_DEPTH = 500, 2000, 10
     min_length, in_processes = 6, True
 
+    def prepare(self, folder: Path) -> None:
+        if self.source:
+            read_tsv(Path(self.source))  # before anything is trained; it is read again to be judged by
+
     def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
         fits(self, length)
+        if self.source and self.split == "eval":
+            return laid_out(_some(generator, Path(self.source), n, length), length)
         return laid_out(list(trees(generator, n, *self.bounds(length))), length)
 
     def bounds(self, length: int) -> tuple[int, int, int]:
@@ -157,6 +164,15 @@ class ListOps(ArenaTask):
             "the root operation alone": float(np.mean([usual[r] == a for r, a in zip(roots, answers, strict=True)])),
             "the root operation on its own digits": reached(1), "the two upper levels": reached(2),
         }
+
+
+def _some(generator: np.random.Generator, path: Path, n: int, length: int) -> list[Tree]:
+    """n of a file's trees; raises UserError where it has fewer, or one that is too long."""
+    trees = read_tsv(path)
+    longest = max((len(tokens) for tokens, _ in trees), default=0) + 2
+    if len(trees) < n or longest > length:
+        raise UserError(f"{path} has {len(trees)} trees of up to {longest:,} tokens; asked: {n} of {length:,}")
+    return [trees[i] for i in generator.permutation(len(trees))[:n]]
 
 
 def upper(tokens: list[int], levels: int) -> int | None:
