@@ -185,7 +185,8 @@ def _row(record: dict[str, Any]) -> ArenaRow | None:
         text(record.get("reason"), 200), _numbers(mapping(record, "shortcuts"), metric),
         {name: groups for name, groups in by.items() if groups},
         {key: number(value) for key, value in record.items() if math.isfinite(number(value))},
-        {key: text(record.get(key), 200) for key in ("device", "dtype", "torch", "commit", "command")},
+        {key: text(record.get(key), 200)[: 7 if key == "commit" else None]
+         for key in ("device", "dtype", "torch", "commit", "command")},
     )
 
 
