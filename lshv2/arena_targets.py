@@ -65,9 +65,12 @@ def _percent(value: float) -> float:
     return NAN if math.isnan(value) else math.floor(round(100 * value, 6) * 100) / 100
 
 
+def _counted(seeds: int) -> str:
+    return f"{seeds} seed{'' if seeds == 1 else 's'}" + ("" if seeds >= SEEDS else f" of {SEEDS} wanted")
+
+
 def _seeds(summary: Summary) -> str:
-    seeds = f"{summary.seeds} seed{'' if summary.seeds == 1 else 's'}"
-    seeds += "" if summary.seeds >= SEEDS else f" of {SEEDS} wanted"
+    seeds = _counted(summary.seeds)
     return f"{seeds}, the lowest {_percent(summary.low):g} %" if summary.seeds > 1 else seeds
 
 
@@ -101,8 +104,9 @@ def _against_dense(summaries: Summaries, task: str) -> Target:
     left = sorted(dense.keys() - lsh.keys())
     detail = f"worst at {worst:,} of {len(leads)} lengths, {dense[worst].seeds} and {lsh[worst].seeds} seeds"
     detail += f"; LSH has no value at {', '.join(f'{length:,}' for length in left)}" if left else ""
-    enough = all(min(lsh[n].seeds, dense[n].seeds) >= SEEDS for n in leads)
-    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete=enough and not left)
+    seeds = min(s[n].seeds for s in (lsh, dense) for n in leads)
+    detail += f"; at some length {_counted(seeds)}" if seeds < SEEDS else ""
+    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete=seeds >= SEEDS and not left)
 
 
 def _needle(summaries: Summaries, task: str) -> Target:
@@ -121,7 +125,7 @@ def _needle(summaries: Summaries, task: str) -> Target:
     detail += f", {sequences:g} sequences a length and seed" if math.isfinite(sequences) else ""
     detail += f"; fewer than {DEPTHS} depths at {', '.join(f'{gap:,}' for gap in gaps)}" if gaps else ""
     seeds = min(every[n].seeds for n in lengths)
-    detail += f"; {seeds} of {SEEDS} seeds wanted" if seeds < SEEDS else ""
+    detail += f"; {_counted(seeds)}" if seeds < SEEDS else ""
     complete = not gaps and seeds >= SEEDS
     return _judge(name, "≥", 98, 100, _percent(cells[length, depth]), "%", detail, complete)
 

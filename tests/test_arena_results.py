@@ -215,6 +215,8 @@ def test_a_readme_without_a_usable_arena_says_nothing_of_it(tmp_path: Path) -> N
 
 
 def test_where_a_task_was_measured(tmp_path: Path) -> None:
-    rows = [{**ROW, "task": task, "device": device} for task, device in (("mqar", "a"), ("passkey", "b"))]
+    rows = [{**ROW, "task": task, "device": device, "commit": 40 * device}
+            for task, device in (("mqar", "a"), ("passkey", "b"))]
     found = arena(tmp_path, *rows)
+    assert found.origins("commit") == ["aaaaaaa", "bbbbbbb"]
     assert (found.origins("device"), found.origins("device", "passkey")) == (["a", "b"], ["b"])

@@ -16,6 +16,7 @@ import torch
 from project_files import ROOT
 
 from lshv2.arena import study
+from lshv2.arena.judge import judge
 from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.pool import in_order, run_pool
 from lshv2.arena.registry import get_task
@@ -76,14 +77,22 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     assert last["steps"] == 5 and last["trained_as"] == changed.trained_as
 
 
-def test_other_sequences_are_asked_of_the_same_weights(tmp_path: Path) -> None:
+def test_other_sequences_are_asked_of_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, = small_plan("induction", attentions=("lsh",))
-    other = replace(job, asked=1)
+    other, numbers = replace(job, asked=1), list[int]()
+
+    def spied(*arguments: Any) -> dict[str, Any]:
+        numbers.append(arguments[-1])
+        return judge(*arguments)
+
+    monkeypatch.setattr("lshv2.arena.judge.judge", spied)
     assert run_job(job, tmp_path, lambda _: None) == run_job(other, tmp_path, lambda _: None) == 2
     rows = rows_of(tmp_path).values()
-    assert [row["setting"] for row in rows] == ["", "", "sequences 1", "sequences 1"]
+    assert [row["setting"] for row in rows] == ["", "", "sequences 1", "sequences 1"] and numbers == [0, 0, 1, 1]
     assert len({row["train_seconds"] for row in rows}) == 1, "trained once"
     assert missing(job, rows_of(tmp_path)) == missing(other, rows_of(tmp_path)) == []
+    fewer, more = (replace(job, recipe=replace(job.recipe, sequences=n)) for n in (5, 7))
+    assert missing(fewer, rows_of(tmp_path)) == [] and len(missing(more, rows_of(tmp_path))) == 2
 
 
 def test_a_seed_comes_before_the_next_and_its_longest_jobs_first() -> None:
@@ -227,9 +236,10 @@ def test_a_process_that_dies_takes_one_job_with_it(tmp_path: Path, capsys: pytes
     jobs[0] = replace(jobs[0], recipe=replace(jobs[0].recipe, steps=3))  # the longer one is the first
     try:
         assert run_pool(jobs, tmp_path / "out", [""]) == 1
-        assert [row["task"] for row in rows_of(tmp_path / "out").values()] == ["in_processes"]
+        assert [(row["task"], row["shared"]) for row in rows_of(tmp_path / "out").values()] == [("in_processes", False)]
         assert capsys.readouterr().out.count("FAILED dying window seed 0: BrokenProcessPool") == 1
-        assert run_pool(jobs, tmp_path / "out", ["", ""]) == 1
+        assert run_pool(jobs, tmp_path / "beside", ["", ""]) == 1
+        assert [row["shared"] for row in rows_of(tmp_path / "beside").values()] == [True]
         assert capsys.readouterr().out.count("FAILED dying") == 2
     finally:
         for name in ("dying", "in_processes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_mqar_is_judged_at_its_worst_length(tmp_path: Path, leads: tuple[float, 
     target = judged(tmp_path / "a", *rows, row("mqar", LONG, None, "dense"))[name]
     assert verdict(target) == said and target.value == pytest.approx(100 * max(leads))
     few = judged(tmp_path / "c", *rows[1:])[name]
-    assert verdict(few) == ("missed" if said == "missed" else "not measured"), "two seeds of dense at one length"
+    assert verdict(few) == ("missed" if said == "missed" else "not measured") and "2 seeds of 3 wanted" in few.detail
     gap = judged(tmp_path / "b", *rows, *seeds(row("mqar", 8192, 0.9, "dense")))[name]
     assert verdict(gap) == ("missed" if said == "missed" else "not measured") and "no value at 8,192" in gap.detail
 
@@ -110,7 +111,7 @@ def test_needles_that_were_not_measured_everywhere_are_not_met(tmp_path: Path) -
         ("a", [*needles("kv_needle", depths=9)[:3], *whole[3:]], "fewer than 10 depths at 1,024"),
         ("b", whole[:-3] + seeds(row("kv_needle", LONG, None)), "fewer than 10 depths at 131,072"),
         ("c", whole[3:], "fewer than 10 depths at 1,024"),
-        ("d", [r for r in whole if r["seed"]], "2 of 3 seeds wanted"),
+        ("d", [r for r in whole if r["seed"]], "2 seeds of 3 wanted"),
     ):
         target = judged(tmp_path / folder, *rows)[name]
         assert verdict(target) == "not measured" and why in target.detail, folder
@@ -144,3 +145,6 @@ def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, fi
     names = ("whole model, α over 16k to 131k, upper 95 % bound", "whole model, β over 16k to 131k")
     assert tuple(verdict(found[name]) for name in names) == said
     assert said[0] != "met" or found[names[0]].value == pytest.approx(1.1), "the upper bound, not the estimate"
+    fits = {key: replace(fit, bootstrap_high=fit.high + 0.2) for key, fit in fits.items()}
+    wider = judged(tmp_path / "b", row("mqar", 1024, 0.9), benchmark=Benchmark(device, "bfloat16", "done", (), fits))
+    assert verdict(wider[names[0]]) == ("missed" if said[0] == "met" else said[0]), "of two intervals the larger end"

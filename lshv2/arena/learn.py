@@ -82,10 +82,9 @@ def train(
     model: LSHModel, task: ArenaTask, recipe: Recipe, seed: int, device: torch.device,
     on_step: Callable[[int, float], None] = lambda step, loss: None, plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train in place: `steps train_seconds loss_train` (means over twenty parts). on_step: every CHECK_EVERY steps.
+    """Train in place: `steps train_seconds loss_train` (means over twenty parts).
 
-    plugins: files that define the task, for the processes that draw.
-
+    on_step: every CHECK_EVERY steps. plugins: files that define the task, for the processes that draw.
     Raises FloatingPointError when the loss is not finite.
     """
     one = _Steps(model, recipe, device)

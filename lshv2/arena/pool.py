@@ -36,7 +36,7 @@ def run_pool(
     deadline = time.time() + time_limit
     _pass(jobs, folder, gpus, deadline, command, on_done)
     alone = list(dict.fromkeys(gpus))
-    if len(alone) < len(gpus):
+    if len(alone) < len(gpus) and time.time() < deadline:
         _pass(jobs, folder, alone, deadline, command)
     rows = rows_of(folder)
     return sum(bool(missing(job, rows)) for job in jobs)
@@ -59,21 +59,20 @@ def _pass(
         finally:
             slots.put(slot)
 
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        futures = {pool.submit(run, job): job for job in in_order([job for job in jobs if missing(job, rows)])}
-        try:
-            for future in as_completed(futures):
-                job = futures[future]
-                try:
-                    print(future.result(), flush=True)
-                except Exception as error:
-                    print(f"FAILED {job.task} {job.model} seed {job.seed}: {type(error).__name__}: {error}", flush=True)
-                on_done(job)
-        except BaseException:  # an interrupt, say: what waits must not begin while the rest ends
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    while not slots.empty():
-        slots.get().end()
+    pool = ThreadPoolExecutor(len(gpus))
+    futures = {pool.submit(run, job): job for job in in_order([job for job in jobs if missing(job, rows)])}
+    try:
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                print(future.result(), flush=True)
+            except Exception as error:
+                print(f"FAILED {job.task} {job.model} seed {job.seed}: {type(error).__name__}: {error}", flush=True)
+            on_done(job)
+    finally:  # after an interrupt nothing that waits begins
+        pool.shutdown(cancel_futures=True)
+        while not slots.empty():
+            slots.get().end()
 
 
 class _Slot:
