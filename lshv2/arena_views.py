@@ -81,11 +81,11 @@ def quality_lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
 
 
 def quality_twins(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
-    """What LSH's lines are compared with, by model: dense, and windows, of these the ones trained for the curve alone
-    where there are any."""
+    """What LSH's lines are compared with, by model: of each the twins that were trained for the curve, where there are
+    any."""
     twins = [s for s in summaries if s.model != "lsh"]
-    swept = any(s.setting.startswith("window ") for s in twins)
-    return lines([s for s in twins if s.model != "window" or s.setting.startswith("window ") == swept])
+    swept = {s.model for s in twins if s.setting}
+    return lines([s for s in twins if bool(s.setting) == (s.model in swept)])
 
 
 def shown_score(value: float, metric: str) -> str:

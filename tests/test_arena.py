@@ -100,12 +100,16 @@ def test_bits_per_byte_are_nats_over_ln2(tmp_path: Path) -> None:
         type(task).source = None
     model = model_for(task)
     result = judge(model, task, 128, 3, CPU)
-    examples = task.draw(learn.generator(0, learn.JUDGING, 128), 3, 128)
+    examples, longer = (task.draw(learn.generator(0, learn.JUDGING, 0), 3, n) for n in (128, 2048))
+    assert np.array_equal(longer.input_ids[:, -128:], examples.input_ids), "every length ends with the same bytes"
+    assert (longer.groups["part"] == "end").sum() == 3 * 512
     ids = torch.from_numpy(examples.input_ids)
     with torch.no_grad():
-        nats = torch.nn.functional.cross_entropy(model.eval()(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        logits = model.eval()(ids).logits[:, 63:-1]
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 64:].flatten())
     assert result["metric"] == "bits_per_byte" and result["value"] == pytest.approx(nats.item() / math.log(2), rel=1e-5)
     assert set(result["by"]["position"]) == {"1-1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127"}
+    assert result["value"] == result["by"]["part"]["end"] != result["by"]["part"]["before"]
 
 
 def test_twins_of_a_seed_read_the_same_and_steps_read_their_own() -> None:

@@ -147,12 +147,14 @@ def test_the_quality_curve_joins_shapes_that_were_trained_and_differ_in_one_thin
     assert list(only_asked) == ["LSH, rounds 1", "LSH, rounds 4"]
 
 
-def test_the_quality_curve_is_compared_with_the_windows_of_its_own_training(tmp_path: Path) -> None:
+def test_the_quality_curve_is_compared_with_the_twins_of_its_own_training(tmp_path: Path) -> None:
     rows = [{**ROW, "model": "window", "value": 0.1}, {**ROW, "model": "dense", "value": 0.9}]
     swept = {**ROW, "model": "window", "value": 0.3, "setting": "window 64"}
-    for folder, more, value in (("a", [], 0.1), ("b", [swept], 0.3)):
+    lighter = {**ROW, "model": "dense", "value": 0.8, "setting": "half of the training"}
+    for folder, more, dense, window in (("a", [], 0.9, 0.1), ("b", [swept], 0.9, 0.3),
+                                        ("c", [swept, lighter], 0.8, 0.3)):
         twins = quality_twins(arena(tmp_path / folder, *rows, *more).of("mqar", None))
-        assert {s.model: s.mean for line in twins.values() for s in line} == {"dense": 0.9, "window": value}
+        assert {s.model: s.mean for line in twins.values() for s in line} == {"dense": dense, "window": window}
 
 
 def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.pool import in_order, run_pool
 from lshv2.arena.registry import get_task
 from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
-from lshv2.arena.sweep import POINTS, Point, sweep_jobs
+from lshv2.arena.sweep import LIGHTER_DENSE, POINTS, Point, sweep_jobs
 from lshv2.arena.task import REGISTERED
 from lshv2.arena.tasks.text import Text
 from lshv2.errors import UserError
@@ -40,16 +40,17 @@ def test_committed_rows_are_of_the_recipes_as_they_are(monkeypatch: pytest.Monke
     """Else the same command trains anew what the folder holds, and the table shows what no recipe gives."""
     rows = rows_of(repo_root() / "runs" / "reference-h200" / "arena")
     plain = {(row["task"], row["model"], row["seed"]) for row in rows.values() if row["setting"] == ""}
-    jobs = {(job.task, job.model, job.seed): job for job in plan(sorted({task for task, *_ in plain}), seeds=(0, 1, 2))}
+    planned = plan(sorted({task for task, *_ in plain}), seeds=(0, 1, 2))
+    jobs = {(job.task, job.model, job.seed): job for job in planned if not job.label}
     assert len(plain) > 60 and [which for which in plain if missing(jobs[which], rows)] == []
     points = {(row["task"], row["seed"], row["setting"]) for row in rows.values()
               if row["setting"] in {point.label for point in POINTS if point.label}}
     swept = {(job.task, job.seed, job.label): job for job in sweep_jobs(("mqar", "duplication"), (0, 1, 2))}
-    known = {job.trained_as: job.trained_by for job in (*jobs.values(), *swept.values())}
+    known = {job.trained_as: job.trained_by for job in (*planned, *swept.values())}
     assert len(points) > 30, "the quality curve's too"
     assert {which for which in points if missing(replace(swept[which], lengths=(1024,)), rows)} == set()
     assert {row["trained_as"]: row["trained_by"] for row in rows.values()}.items() <= known.items()
-    twins = {(job.task, job.seed): job.trained_as for job in plan(["mqar", "duplication"], ("dense",), (0, 1, 2))}
+    twins = {(job.task, job.seed): job.trained_as for job in plan(["mqar"], ("dense",), (0, 1, 2))}
     assert {which[:2]: job.trained_as for which, job in swept.items() if not job.label} == twins
     plain, = plan(["mqar"], ("lsh",))
     ponders = replace(plain, recipe=replace(plain.recipe, settings={**plain.recipe.settings, "use_ponder": True}))
@@ -149,6 +150,8 @@ def test_the_sweep_changes_what_its_points_say(tmp_path: Path) -> None:
     assert config["R 4, W 16, cells x 4"].n_buckets == 4 * config["R 4, W 16, cells x 1"].n_buckets
     usual, = plan(["duplication"], ("dense",), small=True, changes=TINY)
     assert config[""] == usual.config, "the dense twin is the arena's own"
+    half = {job.label: job.recipe for job in sweep_jobs(("duplication",), (0,)) if job.model == "dense"}
+    assert {label: how.steps for label, how in half.items()} == {LIGHTER_DENSE: 5000}, "trained as the points are"
     seen = {config[f"R {r}, W {w}, cells x 1"].n_rounds * w for r, w in ((1, 16), (2, 16), (4, 16), (8, 16), (4, 8))}
     twins = {c.window - 16 for c in config.values() if c.attention == "window"}
     assert seen <= twins | {0}, "each number of found keys has a window that sees as many recent ones"
@@ -244,6 +247,12 @@ def test_a_process_that_dies_takes_one_job_with_it(tmp_path: Path, capsys: pytes
     finally:
         for name in ("dying", "in_processes"):
             REGISTERED.pop(name, None)
+
+
+def test_a_task_may_have_another_model_that_ponders() -> None:
+    jobs = plan(["variable_tracking"], seeds=(0,))
+    assert [(job.model, job.label, job.config.use_ponder, job.config.n_ponder_steps) for job in jobs] == [
+        ("lsh", "", False, 1), ("dense", "", False, 1), ("window", "", False, 1), ("lsh", "pondering", True, 4)]
 
 
 def test_too_little_memory_beside_others_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,15 +98,25 @@ def test_needles_stand_at_their_depths() -> None:
         for (first, second, value), depth in zip(asked.tolist(), depths, strict=True):
             place = keys.index((first, second))
             assert hay[place, 2] == value and abs(place - float(depth) * 195) <= 0.6
-    examples = drawn("uuid_needle", 800, n=300)
+    examples, ranks = drawn("uuid_needle", 800, n=300), list[int]()
     for ids, labels, depth in zip(examples.input_ids, examples.labels, examples.groups["depth"], strict=True):
         *places, last = np.flatnonzero(ids == 256).tolist()
         assert len(places) == 4 and last == 781 and scored(labels) == list(range(784, 800))
         keys = [tuple(ids[p + 1 : p + 3]) for p in places]
         assert len({second for _, second in keys}) == 4, "the second symbol alone tells them apart"
         asked = places[keys.index(tuple(ids[782:784]))]
+        ranks.append(sorted(second for _, second in keys).index(ids[783]))
         assert ids[asked : asked + 19].tolist() == ids[-19:].tolist()
         assert abs(asked / (19 * 40) - float(depth)) < 0.03
+    assert max(np.bincount(ranks)) < 100, "the key's own order does not tell which is asked"
+    learned = drawn("uuid_needle", 512, n=300, split="train")
+    few = [len(set(row.tolist()) - {256}) for row in learned.input_ids]
+    assert 100 < sum(values == 16 for values in few) < 200 and sum(values > 200 for values in few) > 100
+    for ids, label in zip(learned.input_ids, learned.labels, strict=True):
+        *places, last = np.flatnonzero(ids == 256).tolist()
+        asked = [p for p in places if ids[p + 2] == ids[last + 2]]
+        assert len(asked) == 1 and (ids[asked[0] : asked[0] + 19] == ids[-19:]).all()
+        assert scored(label) == list(range(496, 512)) and (label[-16:] == ids[-16:]).all()
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])

@@ -26,7 +26,8 @@ def judge(
 ) -> dict[str, Any]:
     """`metric value chance shortcuts by scored sequences peak_mb` of sequences that no training saw.
 
-    The sequences depend on (seed, length) alone, so that all models and seeds of a study are asked the same.
+    The sequences depend on (seed, length) alone (of a paired task on the seed), so that all models and seeds of a study
+    are asked the same.
     peak_mb: the device's, model included. Raises ValueError where sequences have different numbers of answers. Time is
     not taken: a batch is asked once, beside other jobs; `lshv2.benchmark` measures it.
     """
@@ -49,9 +50,11 @@ def judge(
     values = np.concatenate(outcomes)
     named = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
     per_sequence = values.all(1, keepdims=True).astype(float) if task.exact else values
+    by = _by(named, values, per_sequence, task)
+    value = by[task.headline[0]][task.headline[1]] if task.headline else _mean(per_sequence, task)
     return {
-        "metric": task.metric, "value": _mean(per_sequence, task), "chance": task.chance(length),
-        "shortcuts": task.shortcuts(_joined(seen)), "by": _by(named, values, per_sequence, task),
+        "metric": task.metric, "value": value, "chance": task.chance(length),
+        "shortcuts": task.shortcuts(_joined(seen)), "by": by,
         "scored": int(values.size), "sequences": len(values), "peak_mb": round(meter.peak_mb(), 1),
         **({"by_token": float(values.mean())} if task.exact else {}),
     }
@@ -61,7 +64,7 @@ def _batches(task: ArenaTask, length: int, sequences: int, seed: int) -> Iterato
     """`sequences` of them, some at a time; depths and the like come in whole turns of ten where they fit."""
     size = max(1, TOKENS // length)
     size = size // 10 * 10 or size
-    everything = task.draw(generator(seed, JUDGING, length), sequences, length)
+    everything = task.draw(generator(seed, JUDGING, 0 if task.paired else length), sequences, length)
     for at in range(0, sequences, size):
         part = slice(at, at + size)
         yield Examples(everything.input_ids[part], everything.labels[part],

@@ -61,7 +61,7 @@ WIDE = {**SEARCH, "d_model": 256}  # heads of 32 tell 131,072 keys apart that he
 COPY = {**SEARCH, "n_buckets": 64, "bucket_size": 128, "window": 256}  # blanks fill cells; what counts lies in few
 TWICE = {**CONTENT, "n_layers": 3, "n_buckets": 16}
 COPIED = (48, *SHORT[1:], 4096, 4096, 4096)
-LADDER = (6, 8, 10, 12, 16, 24, *SHORT[:-1], *(2001,) * 4)  # a sum of ten is learned by way of sums of two
+TREE_LENGTHS = (16, *SHORT[:-1], *(2001,) * 8)  # what counts is how many whole trees were seen
 TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size": 128, "window": 256}
 RECIPES: dict[str, Recipe] = {
     "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
@@ -74,18 +74,24 @@ RECIPES: dict[str, Recipe] = {
         (16, 32, 64, *WHOLE), 5000, settings={**WIDE, "short_conv": 5}, sequences=200
     ),
     "kv_needle": Recipe((24, 32, 64, *WHOLE), 5000, settings=SEARCH, sequences=200),
-    "uuid_needle": Recipe((48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32}, sequences=200),
+    "uuid_needle": Recipe(
+        (48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32, "short_conv": 5}, sequences=200
+    ),
     "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
-    "listops": Recipe(LADDER, 20_000, 16_384, 2e-3, TREES, (2001,), 1000),
-    "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384)),
+    "listops": Recipe(TREE_LENGTHS, 15_000, 16_384, 2e-3, TREES, (2001,), 1000),
+    "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384), 200),
     "bytes": Recipe(
-        (16_384,), 1500, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256},
-        judged=LENGTHS[4:], sequences=8,
+        (16_384,), 2000, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256},
+        sequences=64,
     ),
 }
 DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
 # The quality curve's points are many and lie far apart: half of the steps tell them from each other.
 LIGHTER: dict[str, dict[str, Any]] = {"duplication": {"steps": 5000, "settings": TWICE, "sequences": 60}}
+# Other models of a task, LSH alone: label -> settings. Steps of two blocks that a token may stop after.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "variable_tracking": {"pondering": {"n_layers": 8, "weight_tied_layers": 2, "use_ponder": True}},
+}
 # Numbers of probes that LSH is judged with, beside what it was trained with: what finding costs, and what it misses.
 ASKED_WITH = {"duplication": (1, 2, 8)}
 

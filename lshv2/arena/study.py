@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, RECIPES, Attention, Recipe, recipe
+from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, RECIPES, VARIANTS, Attention, Recipe, recipe
 from lshv2.arena.registry import get_task, load_plugins
 from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
@@ -99,6 +99,10 @@ def plan(
             for attention in attentions:
                 twin = how.twin(attention)
                 jobs.append(Job(name, attention, seed, twin, judged, _settings(name, attention), tuple(plugins)))
+            if "lsh" in attentions and not small:
+                for label, settings in VARIANTS.get(name, {}).items():
+                    other = replace(how, settings={**how.settings, **settings})
+                    jobs.append(Job(name, "lsh", seed, other, judged, plugins=tuple(plugins), label=label))
     return jobs
 
 

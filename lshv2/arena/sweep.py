@@ -48,6 +48,7 @@ POINTS: tuple[Point, ...] = (
     *(Point("window", window=64 + keys) for keys in (0, 64, 128, 256, 512)),
 )
 TASKS = ("mqar", "duplication")
+LIGHTER_DENSE = "half of the training"  # as the curve's points have it: else dense is the arena's own
 
 
 def job_of(
@@ -57,13 +58,14 @@ def job_of(
     """The point's model on a task; lengths: judged ones (None: the recipe's)."""
     if small:  # windows and buckets of a quarter, as the small recipes have them
         point = replace(point, bucket_size=point.bucket_size // 4, window=point.window // 4)
-    lighter = LIGHTER.get(task, {}) if point.label and not small else {}
+    lighter = LIGHTER.get(task, {}) if not small else {}
+    label = point.label or (LIGHTER_DENSE if lighter else "")
     job, = plan([task], (point.attention,), (seed,), lengths, small, changes={**lighter, **(changes or {})})
     own = recipe(task, small).model(get_task(task).vocab_size, "lsh", 1)
     shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
              "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}
     how = replace(job.recipe, settings={**job.recipe.settings, **shape} if point.label else job.recipe.settings)
-    return replace(job, recipe=how, settings=(("", ()),), label=point.label)
+    return replace(job, recipe=how, settings=(("", ()),), label=label)
 
 
 def sweep_jobs(

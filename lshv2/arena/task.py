@@ -12,7 +12,8 @@ A task draws sequences of any length from a numpy generator, with the answers in
             return Examples(input_ids, labels)
 
 A label stands at the answer itself (`labels[t] == input_ids[t]`, IGNORED elsewhere): the model predicts it from the
-tokens before, and the answer follows its question, as in ordinary text. Nothing here needs torch.
+tokens before, and the answer follows its question, as in ordinary text. While a model learns (`split == "train"`) a
+task may ask more, and what the sequence does not say. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class ArenaTask(ABC):
     metric: "accuracy", or "bits_per_byte", of which less is better. version: raised whenever the sequences change, so
     that models of earlier ones are trained and judged anew; so does another `source`, what the sequences are made of.
     in_processes: drawing is Python rather than numpy, so that training draws in processes instead of threads. like: the
-    task whose recipe it learns by, unless `recipes.RECIPES` has one under its own name.
+    task whose recipe it learns by, unless `recipes.RECIPES` has one under its own name. paired: all lengths are drawn
+    by the same random numbers. headline: the group and the label whose mean is the value; None: all answers.
     """
 
     name: ClassVar[str]
@@ -65,6 +67,8 @@ class ArenaTask(ABC):
     in_processes: ClassVar[bool] = False
     source: ClassVar[str | None] = None
     like: ClassVar[str] = ""
+    paired: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, str] | None] = None
     split: str = "eval"  # what is drawn from, where there is a corpus: "train" while a model learns
 
     @abstractmethod

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from lshv2.arena.task import ArenaTask, Examples, fits, register
@@ -109,9 +111,13 @@ class UuidNeedle(ArenaTask):
         M a b x1 … x16        ids: 0 … 255 the bytes, 256 the marker
 
     One is asked; the others stand anywhere that is free. Sequences below 95 tokens have fewer. Chance 256^-16.
+
+    What misleads is a *rival*, another place where the same last bytes stand: in 131,072 tokens the last two do twice
+    for each byte, the last three once in eight answers. Every other training sequence therefore has bytes of so few
+    values that runs recur in it as often (16 at 512 tokens), or nothing would teach to tell them apart.
     """
 
-    name, vocab_size, exact = "uuid_needle", 257, True
+    name, vocab_size, exact, version = "uuid_needle", 257, True, 2
     SIZE, VALUE, NEEDLES = 19, 16, 4
     min_length = 2 * SIZE
 
@@ -128,11 +134,21 @@ class UuidNeedle(ArenaTask):
         at = np.concatenate([asked[:, None], others], axis=1) * self.SIZE
         needles = generator.integers(marker, size=(n, count, self.SIZE))
         needles[:, :, 0] = marker
-        # keys differ: the second symbol of each is another one
-        needles[:, :, 2] = (needles[:, :1, 2] + np.arange(count)) % marker
+        # keys differ: the second symbol of each is another one, in no order
+        needles[:, :, 2] = (needles[:, :1, 2] + generator.permuted(np.tile(np.arange(count), (n, 1)), axis=1)) % marker
         ids[np.arange(n)[:, None, None], at[:, :, None] + np.arange(self.SIZE)] = needles
         ids[:, -self.SIZE :] = needles[:, 0]
+        if self.split == "train":
+            ids = np.where(generator.random((n, 1)) < 0.5, self._of_few(generator, ids), ids)
         return Examples(ids, _ending(ids, self.VALUE), {"depth": _labels(depth)})
+
+    def _of_few(self, generator: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        """The same with bytes of few values, others in each sequence. Keys that differ go on doing so."""
+        n, length = ids.shape
+        values = max(self.NEEDLES, 1 << round(math.log2(length / 2) / 2))
+        every = np.tile(np.arange(self.vocab_size - 1), (n, 1))
+        few = generator.permuted(every, axis=1)[:, :values]
+        return np.where(ids == self.vocab_size - 1, ids, np.take_along_axis(few, ids % values, axis=1))
 
     def chance(self, length: int) -> float:
         return 256.0**-self.VALUE

@@ -1,4 +1,4 @@
-"""Bytes of real text: bits per byte by position, so that what is gained from context is a number.
+"""Bytes of real text: bits per byte of the same bytes by the context they are given, so that its gain is a number.
 
 A corpus of your own is a subclass with a name and a `source`:
 
@@ -29,10 +29,14 @@ SPLITS = ("train", "eval")
 class Text(ArenaTask):
     """Windows of the corpus's bytes, documents after each other with an end mark (256) between; everything is scored.
 
-    Training windows are of the training documents, evaluated ones of those held out. position: of each byte.
+    Training windows are of the training documents, evaluated ones of those held out. At every length these end in the
+    same places, and the value is of their last 512 bytes (half of a shorter window): what differs is how much stands
+    before. position: of each byte.
     """
 
-    name, vocab_size, metric, like = "bytes", 257, "bits_per_byte", "bytes"
+    name, vocab_size, metric, like, version = "bytes", 257, "bits_per_byte", "bytes", 2
+    paired, LAST, LONGEST = True, 512, 131_072
+    headline = ("part", "end")
     source: ClassVar[str | None] = None  # None: Python's standard library
 
     def settings(self) -> Settings:
@@ -59,10 +63,13 @@ class Text(ArenaTask):
             raise UserError(
                 f"{self.name}: {len(stream):,} bytes of {self.split} text are fewer than one window of {length:,}"
             )
-        starts = generator.integers(len(stream) - length + 1, size=n)
-        ids = stream[starts[:, None] + np.arange(length)].astype(np.int64)
+        least = min(self.LONGEST, len(stream))  # where a window may end, whatever its length
+        ends = least + (generator.random(n) * (len(stream) - least + 1)).astype(np.int64)
+        ids = stream[ends[:, None] - length + np.arange(length)].astype(np.int64)
         # the first byte has nothing before it: position 1 is the first that is scored
-        position = np.broadcast_to(octave(np.arange(1, length)), (n, length - 1))
+        places = np.arange(1, length)
+        part = np.where(places >= length - min(self.LAST, length // 2), "end", "before")
         labels = ids.copy()
         labels[:, 0] = -100
-        return Examples(ids, labels, {"position": position})
+        groups = {"position": octave(places), "part": part}
+        return Examples(ids, labels, {name: np.broadcast_to(of, (n, length - 1)) for name, of in groups.items()})
