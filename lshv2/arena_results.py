@@ -28,7 +28,7 @@ TASKS = {  # in the order of tables, with the words for them; a user's own task 
     "induction": "induction heads", "selective_copying": "selective copying, 16 tokens",
     "selective_copying_dense": "selective copying, n/64 tokens", "passkey": "passkey", "kv_needle": "key–value needle",
     "uuid_needle": "UUID needle", "variable_tracking": "variable tracking", "listops": "ListOps",
-    "listops_long": "ListOps, long", "bytes": "the same 512 bytes of real text",
+    "listops_long": "ListOps, long", "bytes": "bytes of real text",
 }
 ACCURACY, BITS = "accuracy", "bits_per_byte"
 SCORES = ("mean", "low", "high", "chance")

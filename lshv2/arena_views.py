@@ -134,7 +134,7 @@ def score_table(arena: Arena) -> list[list[str]]:
 def _named(task: Sequence[Summary]) -> str:
     name = TASKS.get(task[0].task, task[0].task)
     trained = {s.trained_len for s in task if math.isfinite(s.trained_len)}
-    about = ["bits per byte"] * (task[0].metric == BITS)
+    about = ["bits per byte of the last 512"] * (task[0].metric == BITS)
     about += [f"trained at {length:,.0f}" for length in trained if len(trained) == 1]
     return ", ".join([name, *about])
 
