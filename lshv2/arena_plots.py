@@ -41,7 +41,7 @@ from lshv2.runs import atomic_path
 
 COLUMNS = 3
 TITLE_LETTERS = 12  # of the title's size, an inch
-GROUPS = {"hops": "hops", "position": "position (tokens)"}  # drawn at the longest length
+GROUPS = {"hops": "hops", "position": "position, from (tokens)"}  # drawn at the longest length
 SHORTCUT, OTHER, ROUNDS = "#CC79A7", "#AA3377", ("#0072B2", "#56B4E9", "#AA3377", "#E69F00", "#555555", "#CC79A7")
 
 
@@ -151,8 +151,13 @@ def _draw_group(axis: Axes, here: list[Summary], name: str) -> None:
     if here[0].metric == ACCURACY:
         axis.axhline(100 * chance, color=REFERENCE, linestyle=":", linewidth=1.4, label="chance")
         axis.set_ylim(-3, 103)
-    longest = max((len(label) for s in here for label in s.by[name]), default=0)
-    axis.tick_params(axis="x", labelrotation=30 if longest > 4 else 0)
+    ticks = list(here[0].by[name])
+    if name == "position":  # an octave by where it begins
+        begin = [label_place(tick)[0] for tick in ticks]
+        ticks = [short(at) if math.isfinite(at) else tick for at, tick in zip(begin, ticks, strict=True)]
+        axis.set_xticks(range(len(ticks)), ticks)
+    crowded = len(ticks) > 10 or max(map(len, ticks), default=0) > 4
+    axis.tick_params(axis="x", labelrotation=45 if crowded else 0)
     label(axis, f"{TASKS.get(here[0].task, here[0].task)} at {here[0].seq_len:,} tokens", GROUPS[name], unit)
 
 

@@ -172,6 +172,8 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     named = {line.get_label(): list(line.get_xdata()) for line in first.lines}
     assert named["LSH"] == [1024, 4096, 16_384, 131_072] and named["dense"] == [1024, 4096, 16_384], "out of memory"
     assert {"chance", "guess a value shown", "window only"} <= named.keys() and [2048, 2048] in named.values()
+    by_place = next(axis for axis in draw_arena(drawn).axes if axis.get_xlabel().startswith("position"))
+    assert [tick.get_text() for tick in by_place.get_xticklabels()] == ["0", "2k", "4k", "8k", "16k", "32k", "64k"]
     needles = draw_needles(drawn)
     assert needles and [axis.get_title(loc="left") for axis in needles.axes] == [
         "passkey, LSH", "passkey, dense", "passkey, window only"]

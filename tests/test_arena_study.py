@@ -21,7 +21,7 @@ from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.pool import in_order, run_pool
 from lshv2.arena.registry import get_task
 from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
-from lshv2.arena.sweep import LIGHTER_DENSE, POINTS, Point, sweep_jobs
+from lshv2.arena.sweep import LIGHTER_DENSE, POINTS, TASKS, Point, sweep_jobs
 from lshv2.arena.task import REGISTERED
 from lshv2.arena.tasks.text import Text
 from lshv2.errors import UserError
@@ -45,10 +45,11 @@ def test_committed_rows_are_of_the_recipes_as_they_are(monkeypatch: pytest.Monke
     assert len(plain) > 60 and [which for which in plain if missing(jobs[which], rows)] == []
     points = {(row["task"], row["seed"], row["setting"]) for row in rows.values()
               if row["setting"] in {point.label for point in POINTS if point.label}}
-    swept = {(job.task, job.seed, job.label): job for job in sweep_jobs(("mqar", "duplication"), (0, 1, 2))}
+    swept = {(job.task, job.seed, job.label): job for job in sweep_jobs(TASKS, (0, 1, 2))}
     known = {job.trained_as: job.trained_by for job in (*planned, *swept.values())}
     assert len(points) > 30, "the quality curve's too"
-    assert {which for which in points if missing(replace(swept[which], lengths=(1024,)), rows)} == set()
+    shortest = {which: replace(job, lengths=job.lengths[:1]) for which, job in swept.items()}
+    assert {which for which in points if missing(shortest[which], rows)} == set()
     assert {row["trained_as"]: row["trained_by"] for row in rows.values()}.items() <= known.items()
     twins = {(job.task, job.seed): job.trained_as for job in plan(["mqar"], ("dense",), (0, 1, 2))}
     assert {which[:2]: job.trained_as for which, job in swept.items() if not job.label} == twins
@@ -152,6 +153,9 @@ def test_the_sweep_changes_what_its_points_say(tmp_path: Path) -> None:
     assert config[""] == usual.config, "the dense twin is the arena's own"
     half = {job.label: job.recipe for job in sweep_jobs(("duplication",), (0,)) if job.model == "dense"}
     assert {label: how.steps for label, how in half.items()} == {LIGHTER_DENSE: 5000}, "trained as the points are"
+    text = sweep_jobs(("bytes",), (0,))
+    assert {(job.recipe.steps, job.lengths) for job in text} == {(1000, (16_384,))} and len(text) == len(POINTS)
+    assert [job.label for job in text if job.model == "dense"] == [LIGHTER_DENSE]
     seen = {config[f"R {r}, W {w}, cells x 1"].n_rounds * w for r, w in ((1, 16), (2, 16), (4, 16), (8, 16), (4, 8))}
     twins = {c.window - 16 for c in config.values() if c.attention == "window"}
     assert seen <= twins | {0}, "each number of found keys has a window that sees as many recent ones"

@@ -87,7 +87,11 @@ RECIPES: dict[str, Recipe] = {
 }
 DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
 # The quality curve's points are many and lie far apart: half of the steps tell them from each other.
-LIGHTER: dict[str, dict[str, Any]] = {"duplication": {"steps": 5000, "settings": TWICE, "sequences": 60}}
+# Text is judged where it is trained: beyond, dense attention loses to any window, whatever is found.
+LIGHTER: dict[str, dict[str, Any]] = {
+    "duplication": {"steps": 5000, "settings": TWICE, "sequences": 60},
+    "bytes": {"steps": 1000, "judged": (16_384,)},
+}
 # Other models of a task, LSH alone: label -> settings. Steps of two blocks that a token may stop after.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "variable_tracking": {"pondering": {"n_layers": 8, "weight_tied_layers": 2, "use_ponder": True}},

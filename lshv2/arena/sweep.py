@@ -47,7 +47,7 @@ POINTS: tuple[Point, ...] = (
     *(Point("lsh", cells=cells) for cells in (0.25, 4.0)),
     *(Point("window", window=64 + keys) for keys in (0, 64, 128, 256, 512)),
 )
-TASKS = ("mqar", "duplication")
+TASKS = ("mqar", "duplication", "bytes")
 LIGHTER_DENSE = "half of the training"  # as the curve's points have it: else dense is the arena's own
 
 
