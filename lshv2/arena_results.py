@@ -22,7 +22,7 @@ from lshv2.runs import read_jsonl
 from lshv2.tolerant import NAN, Problem, Problems, mapping, number, refusal, text
 
 FILE, PICTURE, NEEDLES = "arena.jsonl", "arena.png", "arena_needles.png"
-MODELS = {"lsh": "LSH", "dense": "dense", "window": "window only"}
+MODELS = {"lsh": "LSH", "dense": "dense", "dense_scaled": "dense, scaled by log n", "window": "window only"}
 TASKS = {  # in the order of tables, with the words for them; a user's own task comes after
     "mqar": "MQAR, 64 pairs", "mqar_dense_pairs": "MQAR, n/64 pairs", "duplication": "duplication",
     "induction": "induction heads", "selective_copying": "selective copying, 16 tokens",
@@ -30,6 +30,7 @@ TASKS = {  # in the order of tables, with the words for them; a user's own task 
     "uuid_needle": "UUID needle", "variable_tracking": "variable tracking", "listops": "ListOps",
     "listops_long": "ListOps, long", "bytes": "bytes of real text",
 }
+LIGHTER_DENSE = "half of the training"  # the quality curve's dense twin, where its points train less than the arena
 ACCURACY, BITS = "accuracy", "bits_per_byte"
 SCORES = ("mean", "low", "high", "chance")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lshv2.arena_results import TASKS, Summary, label_place
+from lshv2.arena_results import MODELS, TASKS, Summary, label_place
 from lshv2.arena_views import trained_to
 from lshv2.benchmark_results import Benchmark, Fit
 from lshv2.operator_results import Target
@@ -22,6 +22,7 @@ from lshv2.tolerant import NAN
 LONGEST = 131_072
 LENGTHS = tuple(1 << e for e in range(10, 18))  # "every length": 1,024 to LONGEST
 DEPTHS, SEEDS = 10, 3
+DENSE = ("dense", "dense_scaled")
 NEEDLES = ("passkey", "kv_needle", "uuid_needle")
 ROUNDS = {1: (90, 99), 2: (99, 100), 4: (99.9, 100), 8: (100, 100)}  # duplication: at least, stretch
 Summaries = Sequence[Summary]
@@ -87,16 +88,19 @@ def _reached(summaries: Summaries, task: str, length: int | None, least: float, 
     if found is None or not found.seeds:
         return _judge(name, "≥", least, stretch, NAN, "%", _missing(found))
     detail = _seeds(found) if length is not None else f"{_seeds(found)}, at {found.seq_len:,}"
+    rule, reached = found.shortcut
+    detail += f"; a rule without a model has {_percent(reached):g} %: {rule}" if reached > found.mean else ""
     return _judge(name, "≥", least, stretch, _percent(found.mean), "%", detail, found.seeds >= SEEDS)
 
 
 def _against_dense(summaries: Summaries, task: str) -> Target:
-    """The largest lead of dense over LSH, in points, over every length where dense has a value."""
+    """The largest lead of the better dense twin over LSH, in points, over every length where one has a value."""
     name = f"{TASKS[task]}, dense − LSH, every length where dense fits"
     of_task = [s for s in summaries if s.task == task]
-    trained = [{s.trained_len for s in of_task if s.model == model} for model in ("lsh", "dense")]
+    trained = [{s.trained_len for s in of_task if s.model in models} for models in (("lsh",), DENSE)]
     alike = trained_to([s for s in of_task if s.trained_len in trained[0] & trained[1]])
-    lsh, dense = ({s.seq_len: s for s in alike if s.model == model and s.seeds} for model in ("lsh", "dense"))
+    alike = sorted((s for s in alike if s.seeds), key=lambda s: s.mean)  # of two the one with the higher mean counts
+    lsh, dense = ({s.seq_len: s for s in alike if s.model in models} for models in (("lsh",), DENSE))
     leads = {length: round(100 * (dense[length].mean - lsh[length].mean), 6) for length in dense if length in lsh}
     if not leads:
         return _judge(name, "≤", 1, 0, NAN, "points", "no length with both")
@@ -106,7 +110,10 @@ def _against_dense(summaries: Summaries, task: str) -> Target:
     detail += f"; LSH has no value at {', '.join(f'{length:,}' for length in left)}" if left else ""
     seeds = min(s[n].seeds for s in (lsh, dense) for n in leads)
     detail += f"; at some length {_counted(seeds)}" if seeds < SEEDS else ""
-    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete=seeds >= SEEDS and not left)
+    absent = [MODELS[model] for model in DENSE if model not in {s.model for s in alike}]
+    detail += f"; not measured: {', '.join(absent)}" if absent else f"; the better one: {MODELS[dense[worst].model]}"
+    complete = seeds >= SEEDS and not left and not absent
+    return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete)
 
 
 def _needle(summaries: Summaries, task: str) -> Target:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lshv2.arena_results import ACCURACY, BITS, MODELS, TASKS, Arena, Summary, mean, place
+from lshv2.arena_results import ACCURACY, BITS, LIGHTER_DENSE, MODELS, TASKS, Arena, Summary, mean, place
 from lshv2.tolerant import NAN
 
 
@@ -82,10 +82,13 @@ def quality_lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
 
 def quality_twins(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     """What LSH's lines are compared with, by model: of each the twins that were trained for the curve, where there are
-    any."""
-    twins = [s for s in summaries if s.model != "lsh"]
-    swept = {s.model for s in twins if s.setting}
-    return lines([s for s in twins if bool(s.setting) == (s.model in swept)])
+    any; none that was trained for more or fewer steps than its points."""
+    steps = {s.get("steps") for line in quality_lines(summaries).values() for s in line}
+    alike = [s for s in summaries if s.get("steps") in steps or not math.isfinite(s.get("steps"))]
+    twins = [s for s in alike if s.model != "lsh"]
+    own = [s for s in twins if s.setting.startswith("window ") or s.setting == LIGHTER_DENSE]
+    swept = {s.model for s in own}
+    return lines([s for s in twins if (s in own if s.model in swept else not s.setting)])
 
 
 def shown_score(value: float, metric: str) -> str:
@@ -134,7 +137,8 @@ def score_table(arena: Arena) -> list[list[str]]:
 def _named(task: Sequence[Summary]) -> str:
     name = TASKS.get(task[0].task, task[0].task)
     trained = {s.trained_len for s in task if math.isfinite(s.trained_len)}
-    about = ["bits per byte of the last 512"] * (task[0].metric == BITS)
+    ends = any(s.by.get("part") for s in task)  # of windows that end alike
+    about = ["bits per byte" + " of the last 512" * ends] * (task[0].metric == BITS)
     about += [f"trained at {length:,.0f}" for length in trained if len(trained) == 1]
     return ", ".join([name, *about])
 

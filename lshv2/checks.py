@@ -111,7 +111,7 @@ def causality_error(model: LSHModel, seed: int) -> float:
 @torch.no_grad()
 def example_pattern(settings: Settings, length: int) -> Tensor:
     """What head 0 of the untrained model's first block sees of random tokens: bool [T,T], on the CPU."""
-    config = settings.model.model_copy(update=dict(attention="lsh"))
+    config = settings.model.twin("lsh")
     model = LSHModel(config, settings.seed).eval()
     g = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(0, config.vocab_size, (1, length), generator=g)

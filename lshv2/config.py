@@ -53,6 +53,10 @@ class ModelConfig(Section):
         None, description="buckets per round, a power of two; None takes the one nearest max_seq_len / bucket_size"
     )
     attention: Literal["lsh", "dense", "window"] = Field("lsh", description="dense and window are the twins")
+    softmax_scale: Literal["constant", "log_length"] = Field(
+        "constant", description="log_length, of attention=dense alone: logits grow with the logarithm of how many keys "
+        "a query sees, so that it looks as sharply beyond the lengths it was trained at"
+    )
     hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "inverted_file"
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
     short_conv: NonNegativeInt = Field(
@@ -85,9 +89,17 @@ class ModelConfig(Section):
             raise ValueError(
                 f"n_layers={self.n_layers} is not a multiple of weight_tied_layers={self.weight_tied_layers}"
             )
+        if self.softmax_scale == "log_length" and self.attention != "dense":
+            raise ValueError(f"softmax_scale=log_length is for attention=dense: with {self.attention} a query sees the "
+                             "same number of keys at any length")
         if self.n_buckets is not None and self.n_buckets & (self.n_buckets - 1):
             raise ValueError(f"n_buckets={self.n_buckets} is not a power of two")
         return self
+
+    def twin(self, attention: str, **changes: Any) -> ModelConfig:
+        """The same model with another attention, and other changes; what the new one cannot have is left out."""
+        scale = self.softmax_scale if attention == "dense" else "constant"
+        return ModelConfig(**{**self.model_dump(), "softmax_scale": scale, **changes, "attention": attention})
 
     @property
     def head_dim(self) -> int:
@@ -256,7 +268,9 @@ class ArenaConfig(Section):
     """The arena: what models can do with their context, by length. Recipes (`lshv2.arena.recipes`) decide the rest."""
 
     tasks: tuple[str, ...] = Field((), description="of `python -m lshv2.arena --help`; empty: all of them")
-    attentions: tuple[Literal["lsh", "dense", "window"], ...] = ("lsh", "dense", "window")
+    attentions: tuple[Literal["lsh", "dense", "dense_scaled", "window"], ...] = (
+        "lsh", "dense", "dense_scaled", "window"
+    )
     seeds: PositiveInt = Field(3, description="models of each kind; seeds count from the run's")
     lengths: tuple[PositiveInt, ...] | None = Field(None, description="judged; None: the recipe's, up to 131,072")
     sequences: PositiveInt | None = Field(None, description="judged at each length; None: the recipe's")

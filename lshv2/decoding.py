@@ -31,6 +31,7 @@ from lshv2.config import ModelConfig
 from lshv2.errors import UserError
 from lshv2.precision import full_precision
 from lshv2.profiling import region
+from lshv2.softmax import scaled
 
 
 class Cursor:
@@ -147,6 +148,7 @@ class LayerCache:
         mask = None
         if not cursor.uniform:
             mask = (torch.arange(cursor.longest, device=q.device) <= cursor.length[:, None])[:, None, None]
+        q = scaled(q, self.config, cursor.length)
         return scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
     def _push(self, k_ids: Tensor) -> None:

@@ -25,6 +25,7 @@ from lshv2.hashing import (
 )
 from lshv2.parallel.share import Share
 from lshv2.profiling import region
+from lshv2.softmax import scaled
 
 CODEBOOK_TOKENS = 2048  # at most this many tokens of a batch move the codebooks each step: enough for a mean direction
 
@@ -225,7 +226,7 @@ class Attention(nn.Module):
         config = self.config
         if config.attention == "dense":
             with region("dense_attn"):
-                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return scaled_dot_product_attention(scaled(q, config), k, v, is_causal=True, enable_gqa=True)
         return lsh_attention(
             q, k, v, q_ids, k_ids, n_buckets=config.resolved_n_buckets, bucket_size=config.bucket_size,
             window=config.window, n_global=config.n_global,

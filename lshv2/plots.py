@@ -26,8 +26,8 @@ from lshv2.curves import Curves, Training, read_training
 from lshv2.errors import UserError
 from lshv2.readers import Profile, read_profile
 
-COLOURS = {"lsh": "#0072B2", "dense": "#D55E00", "window": "#009E73"}
-MARKERS = {"lsh": "o", "dense": "s", "window": "^"}
+COLOURS = {"lsh": "#0072B2", "dense": "#D55E00", "dense_scaled": "#999933", "window": "#009E73"}
+MARKERS = {"lsh": "o", "dense": "s", "dense_scaled": "D", "window": "^"}
 TRAIN, EVAL, REFERENCE, OTHER = "#0072B2", "#D55E00", "#555555", "#BBBBBB"
 ATTENTION_PARTS = ("hashing_ms", "bucket_attn_ms", "global_ms")  # the guide's three, in its order
 

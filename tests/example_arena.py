@@ -20,6 +20,7 @@ def arena_rows(lengths: tuple[int, ...] = (1024, 4096, 16_384, 131_072), seeds: 
     rows = [_arena_row(task, model, seed, "", length, length == lengths[-1])
             for task in ARENA_TASKS for model in ("lsh", "dense", "window") for seed in range(seeds)
             for length in lengths]
+    rows += [_arena_row("mqar", "dense_scaled", seed, "", length, False) for seed in range(seeds) for length in lengths]
     for rounds, bucket_size in ((1, 32), (2, 32), (8, 32), (4, 16), (4, 64)):
         setting = f"rounds={rounds}" if bucket_size == 32 else f"bucket_size={bucket_size}"
         rows += [_arena_row(task, "lsh", seed, setting, lengths[0], False, rounds, bucket_size)
@@ -30,7 +31,8 @@ def arena_rows(lengths: tuple[int, ...] = (1024, 4096, 16_384, 131_072), seeds: 
 def _arena_row(task: str, model: str, seed: int, setting: str, length: int, longest: bool, rounds: int = 4,
                bucket_size: int = 32) -> dict[str, Any]:
     trained, chance = ARENA_TASKS[task]
-    slope, by_seed = {"lsh": (0.004, 0.004), "dense": (0.002, 0.002), "window": (0.12, 0.03)}[model]
+    slope, by_seed = {"lsh": (0.004, 0.004), "dense": (0.002, 0.002), "dense_scaled": (0.001, 0.001),
+                      "window": (0.12, 0.03)}[model]
     loss = slope * math.log2(1 + length / 1024) + by_seed * seed
     loss += 0.08 * max(0.0, math.log2(128 / (rounds * bucket_size))) if model == "lsh" else 0.0
     bits = task == "bytes"
@@ -44,8 +46,9 @@ def _arena_row(task: str, model: str, seed: int, setting: str, length: int, long
     buckets = [f"{2**n if n > 10 else 0}-{2**(n + 1) - 1}" for n in range(10, 17) if 2**n <= length]
     by = {"passkey": {"depth": spread([f"{n / 9:.3g}" for n in range(10)], 0.5)},
           "variable_tracking": {"hops": spread([str(n) for n in range(1, 9)], 2.0)},
-          "bytes": {"position": spread(buckets, -1.0)}, "mqar": {"gap": spread(buckets, 1.0)}}.get(task, {})
-    seen = {"lsh": rounds * bucket_size + 64, "dense": length // 2, "window": 64}[model]
+          "bytes": {"position": spread(buckets, -1.0), "part": {"before": score, "end": score}},
+          "mqar": {"gap": spread(buckets, 1.0)}}.get(task, {})
+    seen = {"lsh": rounds * bucket_size + 64, "window": 64}.get(model, length // 2)
     row = {"schema": 1, "task": task, "model": model, "seed": seed, "setting": setting, "seq_len": length,
            "trained_len": trained, "steps": 300, "metric": "bits_per_byte" if bits else "accuracy", "chance": chance,
            "device": "cpu (test data)", "dtype": "float32", "torch": "2.13.0", "commit": "0123456789",

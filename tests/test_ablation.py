@@ -162,7 +162,8 @@ def direct(attention: Any, x: Tensor, near: Any, far: Any) -> Tensor:
             for s in seen:
                 a, b = turned[0] if t - s < config.window else turned[1]
                 logits.append(a[t] @ b[s] / math.sqrt(config.head_dim) * attention.log_temperature[h].exp())
-            out[0, h, t] = torch.stack(logits).softmax(0) @ v[0, h, seen]
+            by_count = math.log(t + 1) / math.log(1024) if config.softmax_scale == "log_length" else 1
+            out[0, h, t] = (torch.stack(logits) * by_count).softmax(0) @ v[0, h, seen]
     return attention.out(out.transpose(1, 2).flatten(2))
 
 
@@ -173,10 +174,11 @@ def turner(attention: Any, fraction: float) -> Any:
 
 
 SMALL = {"model.window": 9, "model.bucket_size": 4, "model.n_buckets": 4}
-BOTH = ({"model.attention": "lsh"}, {"model.attention": "dense"})
+BOTH = ({"model.attention": "lsh"}, {"model.attention": "dense"},
+        {"model.attention": "dense", "model.softmax_scale": "log_length"})
 
 
-@pytest.mark.parametrize("which", BOTH, ids=lambda which: which["model.attention"])
+@pytest.mark.parametrize("which", BOTH, ids=lambda which: "-".join(which.values()))
 @pytest.mark.parametrize("far", [0.5, 0.0])
 def test_two_way_logits_equal_the_definition(which: dict[str, Any], far: float) -> None:
     variant = Variant({**which, "model.rotary_fraction": 1.0}, "two_way", far=far)
@@ -187,7 +189,7 @@ def test_two_way_logits_equal_the_definition(which: dict[str, Any], far: float) 
     assert not torch.allclose(want, one_way, atol=1e-3), "far logits make no difference here: the test sees nothing"
 
 
-@pytest.mark.parametrize("which", BOTH, ids=lambda which: which["model.attention"])
+@pytest.mark.parametrize("which", BOTH, ids=lambda which: "-".join(which.values()))
 def test_mixed_heads_equal_the_definition(which: dict[str, Any]) -> None:
     attention, x, angles = example(Variant({**which, "model.rotary_fraction": 0.5, "model.rotary_heads": 0.5}))
     half, none = turner(attention, 0.5), turner(attention, 0.0)

@@ -13,7 +13,7 @@ import torch
 
 from lshv2 import graphs
 from lshv2.arena import learn
-from lshv2.arena.judge import judge
+from lshv2.arena.judge import _batches, judge
 from lshv2.arena.recipes import ATTENTIONS, LONGEST, RECIPES, recipe
 from lshv2.arena.registry import get_task, task_names
 from lshv2.arena.study import _configure, plan, run_job
@@ -35,8 +35,10 @@ def test_recipes_fit_their_tasks() -> None:
     for name in task_names():
         task, how = get_task(name), recipe(name)
         configs = [how.twin(attention).model(task.vocab_size, attention, LONGEST) for attention in ATTENTIONS]
-        lsh, dense, window = (config.model_dump(exclude={"attention"}) for config in configs)
+        lsh, dense, scaled, window = (config.model_dump(exclude={"attention"}) for config in configs)
         assert lsh == dense, "twins differ by their attention alone"
+        assert configs[2].attention == "dense" and scaled.pop("softmax_scale") == "log_length"
+        assert scaled == {name: value for name, value in dense.items() if name != "softmax_scale"}
         assert window.pop("window") == lsh.pop("window") + lsh["n_rounds"] * lsh["bucket_size"], "as many keys"
         assert lsh == window
         counts = [LSHModel(config).count_parameters() for config in configs]
@@ -100,9 +102,10 @@ def test_bits_per_byte_are_nats_over_ln2(tmp_path: Path) -> None:
         type(task).source = None
     model = model_for(task)
     result = judge(model, task, 128, 3, CPU)
-    examples, longer = (task.draw(learn.generator(0, learn.JUDGING, 0), 3, n) for n in (128, 2048))
+    examples, longer = (next(_batches(task, n, 3, 0)) for n in (128, 2048))
     assert np.array_equal(longer.input_ids[:, -128:], examples.input_ids), "every length ends with the same bytes"
-    assert (longer.groups["part"] == "end").sum() == 3 * 512
+    assert len({row.tobytes() for row in examples.input_ids}) == 3, "each in a place of its own"
+    assert (longer.groups["part"] == "end").sum() == 3 * 512 and result["scored"] == 3 * 64
     ids = torch.from_numpy(examples.input_ids)
     with torch.no_grad():
         logits = model.eval()(ids).logits[:, 63:-1]
@@ -110,6 +113,18 @@ def test_bits_per_byte_are_nats_over_ln2(tmp_path: Path) -> None:
     assert result["metric"] == "bits_per_byte" and result["value"] == pytest.approx(nats.item() / math.log(2), rel=1e-5)
     assert set(result["by"]["position"]) == {"1-1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127"}
     assert result["value"] == result["by"]["part"]["end"] != result["by"]["part"]["before"]
+
+
+@pytest.mark.parametrize("split, length", [("eval", 64), ("eval", 900), ("eval", 1000), ("train", 64), ("train", 900)])
+def test_windows_of_a_short_text_are_of_all_of_it(split: str, length: int) -> None:
+    """A text shorter than twice the longest window: each is a run of its bytes, and they end in many places."""
+    task = get_task("bytes")
+    task.streams, task.split = {split: np.arange(1000, dtype=np.uint16)}, split
+    ids = task.draw(np.random.default_rng(0), 5000, length).input_ids
+    assert (np.diff(ids, axis=1) == 1).all() and ids.max() == 999, "nothing wraps around"
+    ends = set(ids[:, -1].tolist())
+    assert len(ends) > 50 or length >= 900 and min(ends) == length - 1
+    assert split == "eval" or ids.min() == 0, "a training reads from the beginning on"
 
 
 def test_twins_of_a_seed_read_the_same_and_steps_read_their_own() -> None:

@@ -155,6 +155,10 @@ def test_the_quality_curve_is_compared_with_the_twins_of_its_own_training(tmp_pa
                                         ("c", [swept, lighter], 0.8, 0.3)):
         twins = quality_twins(arena(tmp_path / folder, *rows, *more).of("mqar", None))
         assert {s.model: s.mean for line in twins.values() for s in line} == {"dense": dense, "window": window}
+    curve = {**ROW, "setting": "R 4, W 64, cells x 1", "rounds": 4, "keys_a_query": 324}
+    others = ({"steps": 7, "model": "dense_scaled"}, {"setting": "sequences 1", "model": "dense"})
+    twins = quality_twins(arena(tmp_path / "d", curve, *rows, *({**ROW, **o} for o in others)).of("mqar", None))
+    assert {s.model: s.mean for line in twins.values() for s in line} == {"dense": 0.9, "window": 0.1}
 
 
 def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:

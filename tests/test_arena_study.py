@@ -19,6 +19,7 @@ from lshv2.arena import study
 from lshv2.arena.judge import judge
 from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.pool import in_order, run_pool
+from lshv2.arena.recipes import RECIPES
 from lshv2.arena.registry import get_task
 from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
 from lshv2.arena.sweep import LIGHTER_DENSE, POINTS, TASKS, Point, sweep_jobs
@@ -257,6 +258,23 @@ def test_a_task_may_have_another_model_that_ponders() -> None:
     jobs = plan(["variable_tracking"], seeds=(0,))
     assert [(job.model, job.label, job.config.use_ponder, job.config.n_ponder_steps) for job in jobs] == [
         ("lsh", "", False, 1), ("dense", "", False, 1), ("window", "", False, 1), ("lsh", "pondering", True, 4)]
+
+
+def test_dense_attention_is_scaled_where_longer_sequences_are_judged_than_trained() -> None:
+    here = {job.task: job.config for job in plan(RECIPES, ("dense_scaled",))}
+    assert set(here) == {"mqar", "mqar_dense_pairs", "induction", "selective_copying", "selective_copying_dense",
+                         "listops_long", "bytes"}
+    assert {(config.attention, config.softmax_scale) for config in here.values()} == {("dense", "log_length")}
+    dense, = plan(["mqar"], ("dense",))
+    scaled, = plan(["mqar"], ("dense_scaled",))
+    assert dense.trained_as != scaled.trained_as
+    with pytest.raises(UserError, match="no model to train of mqar with dense_scaled"):
+        plan(["mqar"], ("dense_scaled",), lengths=(1024,))
+
+
+def test_every_task_can_be_swept() -> None:
+    jobs = sweep_jobs(tuple(RECIPES), (0,))
+    assert len(jobs) == len(RECIPES) * len(POINTS) and not any(job.config.use_ponder for job in jobs)
 
 
 def test_too_little_memory_beside_others_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

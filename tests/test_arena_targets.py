@@ -45,7 +45,7 @@ def test_nothing_measured_is_neither_met_nor_missed() -> None:
                                          ((0.02, 0.0), "missed")])
 def test_mqar_is_judged_at_its_worst_length(tmp_path: Path, leads: tuple[float, float], said: str) -> None:
     rows = [row("mqar", n, value, model) for n, lead in zip((1024, 4096), leads, strict=True)
-            for model, value in (("dense", 0.9), ("lsh", 0.9 - lead))]
+            for model, value in (("dense", 0.9), ("lsh", 0.9 - lead), ("dense_scaled", 0.8))]
     name = "MQAR, 64 pairs, dense − LSH, every length where dense fits"
     rows = seeds(*rows)
     target = judged(tmp_path / "a", *rows, row("mqar", LONG, None, "dense"))[name]
@@ -54,6 +54,36 @@ def test_mqar_is_judged_at_its_worst_length(tmp_path: Path, leads: tuple[float, 
     assert verdict(few) == ("missed" if said == "missed" else "not measured") and "2 seeds of 3 wanted" in few.detail
     gap = judged(tmp_path / "b", *rows, *seeds(row("mqar", 8192, 0.9, "dense")))[name]
     assert verdict(gap) == ("missed" if said == "missed" else "not measured") and "no value at 8,192" in gap.detail
+
+
+def test_lsh_is_held_against_the_better_dense_twin(tmp_path: Path) -> None:
+    name = "MQAR, 64 pairs, dense − LSH, every length where dense fits"
+    rows = seeds(row("mqar", LONG, 0.95), row("mqar", LONG, 0.8, "dense"))
+    alone = judged(tmp_path / "a", *rows)[name]
+    assert verdict(alone) == "not measured" and "not measured: dense, scaled by log n" in alone.detail
+    scaled = judged(tmp_path / "b", *rows, *seeds(row("mqar", LONG, 0.99, "dense_scaled")))[name]
+    assert verdict(scaled) == "missed" and scaled.value == pytest.approx(4)
+    assert "the better one: dense, scaled by log n" in scaled.detail
+    worse = judged(tmp_path / "c", *rows, *seeds(row("mqar", LONG, 0.7, "dense_scaled")))[name]
+    assert worse.value == pytest.approx(-15) and verdict(worse) == "met, stretch too"
+
+
+def test_a_dense_twin_without_memory_does_not_hide_the_better_one(tmp_path: Path) -> None:
+    name = "MQAR, 64 pairs, dense − LSH, every length where dense fits"
+    lengths = (1024, 2048, 4096, 8192, LONG)
+    rows = seeds(*(row("mqar", n, 0.9) for n in lengths))
+    for n, fits in zip(lengths, (True, False, True, False, True), strict=True):
+        rows += seeds(row("mqar", n, 0.95 if fits else None, "dense"), row("mqar", n, 0.92, "dense_scaled"))
+    target = judged(tmp_path, *rows)[name]
+    assert target.value == pytest.approx(5) and "of 5 lengths" in target.detail
+
+
+def test_a_rule_that_does_better_is_named(tmp_path: Path) -> None:
+    rows = seeds(row("listops", 2001, 0.56, shortcuts={"two levels": 0.66, "most frequent": 0.2}))
+    target = judged(tmp_path / "a", *rows)["ListOps"]
+    assert verdict(target) == "met" and target.detail.endswith("a rule without a model has 66 %: two levels")
+    beaten = [{**r, "shortcuts": {"two levels": 0.5}} for r in rows]
+    assert "rule" not in judged(tmp_path / "b", *beaten)["ListOps"].detail
 
 
 def test_twins_that_were_trained_differently_are_not_compared(tmp_path: Path) -> None:

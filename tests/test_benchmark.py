@@ -256,6 +256,13 @@ def test_capacity_grows_to_the_longest_length_and_the_hash_tables_stay(tmp_path:
     assert model.max_seq_len == 4096 and model.resolved_n_buckets == run.settings.model.resolved_n_buckets
 
 
+def test_a_dense_model_scaled_by_the_length_is_measured_beside_its_twins(tmp_path: Path) -> None:
+    changes = {"model.attention": "dense", "model.softmax_scale": "log_length", "benchmark.sequence_lengths": [64],
+               "benchmark.attentions": ["lsh", "dense", "window"]}
+    rows = run_benchmark(open_run(tmp_path / "r", preset="test", overrides=changes, seed=3))["rows"]
+    assert [(row["attention"], row["status"]) for row in rows] == [("lsh", "ok"), ("dense", "ok"), ("window", "ok")]
+
+
 def test_both_layouts_and_every_process_are_measured_and_a_shared_case_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

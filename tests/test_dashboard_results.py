@@ -60,7 +60,8 @@ def test_the_arena_shows_twins_chance_shortcuts_and_targets(shown_runs: Path) ->
     assert lines["LSH"] == [1024, 4096, 16_384, 131_072] and lines["dense"] == [1024, 4096, 16_384], "out of memory"
     assert {"window only", "chance 0.024 %", "best shortcut 0.098 %: guess a value shown"} <= set(lines)
     assert by_length["layout"]["annotations"][0]["text"] == "trained at 2k"
-    assert [trace["name"] for trace in by_gap["data"]] == ["LSH", "window only"], "dense has nothing at 131,072"
+    models = [trace["name"] for trace in by_gap["data"]]
+    assert models == ["LSH", "dense, scaled by log n", "window only"], "dense has nothing at 131,072"
     keys = {trace["name"]: trace["x"] for trace in by_keys["data"]}
     assert keys["LSH, rounds 4"] == [128, 192, 320] and keys["LSH, rounds 1"] == [96] and keys["dense"] == [96, 320]
     cells = next(row for row in table(app, "evaluated") if (row["model"], row["tokens"]) == ("dense", "131,072"))

@@ -62,6 +62,8 @@ CONFIGURATIONS = {
     "short_conv_ponder": dict(**PONDER, short_conv=3),
     "dense": dict(attention="dense"),
     "dense_ponder": dict(**PONDER, attention="dense"),
+    "dense_log_length": dict(attention="dense", softmax_scale="log_length"),
+    "dense_log_length_ponder": dict(**PONDER, attention="dense", softmax_scale="log_length"),
     "window": dict(attention="window"),
     "window_ponder": dict(**PONDER, attention="window"),
 }

@@ -111,9 +111,11 @@ def test_one_bucket_with_room_for_all_is_dense(explorer: Explorer) -> None:
     assert torch.equal(p.visible, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
 
 
-def test_captured_q_and_k_are_what_the_layer_attends_with() -> None:
+@pytest.mark.parametrize("scale", ["constant", "log_length"])
+def test_captured_q_and_k_are_what_the_layer_attends_with(scale: str) -> None:
     """The visible set's softmax over captured q and k gives the attention's own output: none of its steps is missed."""
-    config = make_settings("test").model.model_copy(update={"attention": "dense", "use_ponder": False})
+    changes = {"attention": "dense", "use_ponder": False, "softmax_scale": scale}
+    config = make_settings("test").model.model_copy(update=changes)
     model = LSHModel(config, seed=1).eval()
     with torch.no_grad():
         for block in model.blocks:

@@ -100,6 +100,31 @@ def test_logits_depend_on_the_past_only(attention: str, changes: dict[str, Any])
     assert (whole[:, 60:] - changed[:, 60:]).abs().amax(-1).min() > 1e-3, "the change itself must be seen"
 
 
+@torch.no_grad()
+def test_logits_that_grow_with_the_logarithm_of_the_keys_are_scalable_softmax() -> None:
+    """n^(s z) over their sum, n the keys that a query sees: the definition, pair by pair."""
+    model = small(attention="dense", softmax_scale="log_length", rotary_heads=0.0).eval()
+    attention, config = model.blocks[0].attention, model.config
+    attention.log_temperature.fill_(0.3)
+    x = torch.randn(1, 12, config.d_model, generator=torch.Generator().manual_seed(2))
+    q, k, v = attention.project(x)
+    s, expected = math.exp(0.3) / math.log(1024), torch.zeros_like(q)
+    for h in range(config.n_heads):
+        group = h * config.n_kv_heads // config.n_heads
+        for t in range(12):
+            powers = torch.stack([(t + 1.0) ** (s * q[0, h, t] @ k[0, group, j] / math.sqrt(config.head_dim))
+                                  for j in range(t + 1)])
+            expected[0, h, t] = powers / powers.sum() @ v[0, group, : t + 1]
+    got = attention(x, *rotary_angles(12, config, x.device))
+    assert (got - attention.out(expected.transpose(1, 2).flatten(2))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["lsh", "window"])
+def test_only_dense_attention_is_scaled_by_the_length(attention: str) -> None:
+    with pytest.raises(ValueError, match=f"for attention=dense: with {attention} a query sees the same number of keys"):
+        ModelConfig(attention=attention, softmax_scale="log_length")  # type: ignore[arg-type]
+
+
 def test_a_window_over_everything_is_dense_attention() -> None:
     x = ids()
     lsh, dense = small(window=256), small(window=256, attention="dense")

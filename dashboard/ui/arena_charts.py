@@ -12,8 +12,8 @@ from lshv2.arena_views import levels, lines, quality_lines, quality_twins, shown
 from lshv2.axes import short
 from ui.style import GREY, PALETTE, faded, figure, length_axis
 
-COLOURS = {"lsh": PALETTE[0], "dense": PALETTE[5], "window": PALETTE[2]}
-SYMBOLS = {"lsh": "circle", "dense": "square", "window": "diamond"}
+COLOURS = {"lsh": PALETTE[0], "dense": PALETTE[5], "dense_scaled": "#999933", "window": PALETTE[2]}
+SYMBOLS = {"lsh": "circle", "dense": "square", "dense_scaled": "square-open", "window": "diamond"}
 WORDS = {"depth": "depth of the needle", "hops": "hops", "gap": "tokens between key and question",
          "position": "position (tokens)", "ponder_step": "ponder step", "copies": "copies",
          "root": "outermost operation"}

@@ -93,7 +93,7 @@ def charts(of_task: list[Summary], as_trained: list[Summary]) -> None:
                       "bands: lowest to highest seed. Dotted: chance, and the strongest rule that needs no model; "
                       "dashed: the length of the training. A line ends where its model has no value."))
     here = [s for s in as_trained if s.seq_len == length]
-    for name in dict.fromkeys(name for s in here for name in s.by if name != "depth"):
+    for name in dict.fromkeys(name for s in here for name in s.by if name not in ("depth", "part")):
         words = WORDS.get(name, name)
         drawn.append((group_chart(here, name), f"arena {name}", f"by {words}",
                       plain(f"By {words}, at {length:,} tokens. Means over seeds.")))

@@ -51,11 +51,14 @@ def judge(
     named = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
     per_sequence = values.all(1, keepdims=True).astype(float) if task.exact else values
     by = _by(named, values, per_sequence, task)
-    value = by[task.headline[0]][task.headline[1]] if task.headline else _mean(per_sequence, task)
+    value, scored = _mean(per_sequence, task), int(values.size)
+    if task.headline:
+        group, label = task.headline
+        value, scored = by[group][label], int(np.sum(named[group] == label))
     return {
         "metric": task.metric, "value": value, "chance": task.chance(length),
         "shortcuts": task.shortcuts(_joined(seen)), "by": by,
-        "scored": int(values.size), "sequences": len(values), "peak_mb": round(meter.peak_mb(), 1),
+        "scored": scored, "sequences": len(values), "peak_mb": round(meter.peak_mb(), 1),
         **({"by_token": float(values.mean())} if task.exact else {}),
     }
 

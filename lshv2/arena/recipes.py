@@ -14,8 +14,8 @@ from lshv2.config import ModelConfig
 
 LONGEST = 131_072
 LENGTHS = tuple(1 << e for e in range(10, 18))  # what is judged
-Attention = Literal["lsh", "dense", "window"]
-ATTENTIONS: tuple[Attention, ...] = ("lsh", "dense", "window")
+Attention = Literal["lsh", "dense", "dense_scaled", "window"]
+ATTENTIONS: tuple[Attention, ...] = ("lsh", "dense", "dense_scaled", "window")
 BASE: dict[str, Any] = {
     "d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "d_ff": 256, "window": 64, "bucket_size": 64,
     "n_rounds": 4, "n_buckets": 1024, "short_conv": 3, "use_ponder": False,
@@ -39,7 +39,9 @@ class Recipe:
         """A model's shape; longest: the longest sequence it will see."""
         shape = {**BASE, **self.settings}
         shape.setdefault("weight_tied_layers", shape["n_layers"])
-        return ModelConfig(vocab_size=vocab_size, attention=attention, max_seq_len=longest, **shape)
+        if attention == "dense_scaled":
+            shape |= {"attention": "dense", "softmax_scale": "log_length"}
+        return ModelConfig(**{"attention": attention, **shape}, vocab_size=vocab_size, max_seq_len=longest)
 
     def twin(self, attention: Attention) -> Recipe:
         """The recipe of a twin: a window sees as many keys as LSH may, all of them the most recent."""

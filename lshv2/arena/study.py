@@ -28,6 +28,8 @@ from lshv2.runs import append_jsonl, atomic_path, read_jsonl
 ARENA = "arena.jsonl"
 # Of a model without pondering nothing reads these: they count as they were when the first rows were written.
 UNUSED = {"ponder_prior": 0.3, "ponder_beta": 0.1, "ponder_threshold": 0.5}
+# Settings that came later count where they are used.
+LATER = {"softmax_scale": "constant"}
 SCHEMA = 1
 Row = dict[str, Any]
 
@@ -72,6 +74,7 @@ class Job:
         name += f" of {task.source}" if task.source else ""
         config = self.config.model_dump(exclude={"max_seq_len"})
         config |= {} if self.config.use_ponder else UNUSED
+        config = {name: value for name, value in config.items() if (name, value) not in LATER.items()}
         of = {name: value for name, value in asdict(self.recipe).items() if name not in ("judged", "sequences")}
         return hashlib.sha256(json.dumps([name, seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -79,11 +82,13 @@ class Job:
 def plan(
     tasks: Sequence[str], attentions: Sequence[Attention] = ATTENTIONS, seeds: Sequence[int] = (0,),
     lengths: Sequence[int] | None = None, small: bool = False, plugins: Sequence[str] = (),
-    changes: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None, variants: bool = True,
 ) -> list[Job]:
-    """Jobs; `run_pool` decides their order. Raises UserError for an unknown task.
+    """Jobs; `run_pool` decides their order. Raises UserError for an unknown task, or where nothing is to be done.
 
     lengths: None takes the recipe's; those too short for a task are left out. changes: of every recipe, fields by name.
+    variants: `recipes.VARIANTS` too, beside "lsh".
+    "dense_scaled" is a twin where lengths beyond the trained ones are judged: elsewhere nothing is to be made up for.
     """
     load_plugins(plugins)
     jobs = []
@@ -97,12 +102,17 @@ def plan(
         how = replace(how, lengths=trained)
         for seed in seeds:
             for attention in attentions:
+                if attention == "dense_scaled" and max(judged) <= max(trained):
+                    continue
                 twin = how.twin(attention)
                 jobs.append(Job(name, attention, seed, twin, judged, _settings(name, attention), tuple(plugins)))
-            if "lsh" in attentions and not small:
+            if "lsh" in attentions and variants and not small:
                 for label, settings in VARIANTS.get(name, {}).items():
                     other = replace(how, settings={**how.settings, **settings})
                     jobs.append(Job(name, "lsh", seed, other, judged, plugins=tuple(plugins), label=label))
+    if not jobs:
+        raise UserError(f"arena: no model to train of {', '.join(tasks)} with {', '.join(attentions)}: dense_scaled is "
+                        "there where longer sequences are judged than trained")
     return jobs
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from lshv2.arena.recipes import LIGHTER, Attention, recipe
 from lshv2.arena.registry import get_task
 from lshv2.arena.study import Job, plan
+from lshv2.arena_results import LIGHTER_DENSE
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ POINTS: tuple[Point, ...] = (
     *(Point("window", window=64 + keys) for keys in (0, 64, 128, 256, 512)),
 )
 TASKS = ("mqar", "duplication", "bytes")
-LIGHTER_DENSE = "half of the training"  # as the curve's points have it: else dense is the arena's own
 
 
 def job_of(
@@ -60,7 +60,8 @@ def job_of(
         point = replace(point, bucket_size=point.bucket_size // 4, window=point.window // 4)
     lighter = LIGHTER.get(task, {}) if not small else {}
     label = point.label or (LIGHTER_DENSE if lighter else "")
-    job, = plan([task], (point.attention,), (seed,), lengths, small, changes={**lighter, **(changes or {})})
+    changed = {**lighter, **(changes or {})}
+    job, = plan([task], (point.attention,), (seed,), lengths, small, changes=changed, variants=False)
     own = recipe(task, small).model(get_task(task).vocab_size, "lsh", 1)
     shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
              "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}

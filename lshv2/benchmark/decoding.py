@@ -109,7 +109,7 @@ def model_config(preset: str, attention: str, longest: int) -> ModelConfig:
     """The preset's model with capacity for `longest` tokens and its hash tables unchanged."""
     model = make_settings(preset).model
     sizes = {"max_seq_len": max(model.max_seq_len, longest), "n_buckets": model.resolved_n_buckets}
-    return ModelConfig(**{**model.model_dump(), **sizes, "attention": attention})
+    return model.twin(attention, **sizes)
 
 
 def main() -> None:

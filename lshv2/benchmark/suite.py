@@ -39,8 +39,9 @@ SUMMARY = "benchmark_summary.json"
 # Named through the imported module, so that whoever asks which code is behind the benchmark finds the worker's too.
 WORKER = (sys.executable, "-c", f"from {worker.__name__} import main; main()")
 REPEAT_SHARE = 1 / 5  # of the time limit
+# the code that a row depends on
 TIMED = ("lshv2/attention/", "lshv2/backbone", "lshv2/benchmark/", "lshv2/block", "lshv2/halting", "lshv2/hashing",
-         "lshv2/layers", "lshv2/losses", "lshv2/model", "lshv2/ponder")  # the code that a row depends on
+         "lshv2/layers", "lshv2/losses", "lshv2/model", "lshv2/ponder", "lshv2/softmax")
 SHARED = ("device", "dtype", "threads")  # reported by each worker, the same in all rows
 
 
@@ -169,9 +170,9 @@ def _resumed(run: Run, job: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(job: dict[str, Any], case: Case, summary: dict[str, Any]) -> Row:
     """What a fresh process measured; what is the same in all rows moves to the summary."""
+    model = ModelConfig(**job["model"]).twin(case.attention).model_dump()
     outcome = run_limited(
-        WORKER, {**job, "model": {**job["model"], "attention": case.attention}, "seq_len": case.seq_len,
-                 "batch_size": case.batch_size},
+        WORKER, {**job, "model": model, "seq_len": case.seq_len, "batch_size": case.batch_size},
         timeout_seconds=job["timeout_seconds"], max_memory_gb=job["max_memory_gb"],
     )
     for name in SHARED:

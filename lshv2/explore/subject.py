@@ -20,6 +20,7 @@ from lshv2.layers import Attention, rotary_angles
 from lshv2.model import LSHModel
 from lshv2.presets import make_settings
 from lshv2.runs import Run, list_runs, load_run, runs_root
+from lshv2.softmax import scaled
 
 MAX_LENGTH = 512  # tokens: a [T,T] picture beyond it is neither readable nor immediate
 N_TEXTS = 8  # evaluation windows to choose from
@@ -109,7 +110,8 @@ def _synthetic_texts(vocab_size: int, length: int, seed: int) -> dict[str, Tenso
 @dataclass(frozen=True)
 class Layer:
     """One application of a block's attention: what is hashed (`q` [H,T,D], `k` [K,T,D]: normalised, no positions) and
-    what is weighed (`weighed_q`, `weighed_k`: with rotary positions and the head's temperature)."""
+    what is weighed (`weighed_q`, `weighed_k`: with rotary positions and the head's temperature, of a dense model by
+    `softmax_scale` too)."""
 
     attention: Attention
     q: Tensor
@@ -134,8 +136,8 @@ def capture(model: LSHModel, ids: Tensor) -> list[Layer]:
     def note(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, cos, sin = inputs
         q, k, _ = attention.project(x)
-        sharp = attention.turn(q, cos, sin) * attention.log_temperature.exp()[:, None, None]
-        layers.append(Layer(attention, q[0], k[0], sharp[0], attention.turn(k, cos, sin)[0]))
+        weighed_q, weighed_k = attention.place(q, k, cos, sin)
+        layers.append(Layer(attention, q[0], k[0], scaled(weighed_q, attention.config)[0], weighed_k[0]))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, Attention)]
     angles, x = rotary_angles(ids.shape[1], model.config, ids.device), model.embedding(ids)

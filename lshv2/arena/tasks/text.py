@@ -27,11 +27,12 @@ SPLITS = ("train", "eval")
 
 @register
 class Text(ArenaTask):
-    """Windows of the corpus's bytes, documents after each other with an end mark (256) between; everything is scored.
+    """Windows of the corpus's bytes, documents after each other with an end mark (0) between; everything is scored.
 
     Training windows are of the training documents, evaluated ones of those held out. At every length these end in the
     same places, and the value is of their last 512 bytes (half of a shorter window): what differs is how much stands
-    before. position: of each byte.
+    before. They end behind the first 131,072 bytes, or half of a text of less than twice as many; where a window does
+    not fit before such a place it ends further on. position: of each byte.
     """
 
     name, vocab_size, metric, like, version = "bytes", 257, "bits_per_byte", "bytes", 2
@@ -63,8 +64,10 @@ class Text(ArenaTask):
             raise UserError(
                 f"{self.name}: {len(stream):,} bytes of {self.split} text are fewer than one window of {length:,}"
             )
-        least = min(self.LONGEST, len(stream))  # where a window may end, whatever its length
+        # where a window may end, whatever its length; training leaves out the least that it can
+        least = max(1, min(self.LONGEST, len(stream) // (16 if self.split == "train" else 2)))
         ends = least + (generator.random(n) * (len(stream) - least + 1)).astype(np.int64)
+        ends = ends.clip(min=length)
         ids = stream[ends[:, None] - length + np.arange(length)].astype(np.int64)
         # the first byte has nothing before it: position 1 is the first that is scored
         places = np.arange(1, length)
