@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -264,13 +264,14 @@ class BenchmarkConfig(Section):
         return self
 
 
+ArenaAttention = Literal["lsh", "dense", "dense_scaled", "window"]  # dense_scaled: dense with softmax_scale=log_length
+
+
 class ArenaConfig(Section):
     """The arena: what models can do with their context, by length. Recipes (`lshv2.arena.recipes`) decide the rest."""
 
     tasks: tuple[str, ...] = Field((), description="of `python -m lshv2.arena --help`; empty: all of them")
-    attentions: tuple[Literal["lsh", "dense", "dense_scaled", "window"], ...] = (
-        "lsh", "dense", "dense_scaled", "window"
-    )
+    attentions: tuple[ArenaAttention, ...] = get_args(ArenaAttention)
     seeds: PositiveInt = Field(3, description="models of each kind; seeds count from the run's")
     lengths: tuple[PositiveInt, ...] | None = Field(None, description="judged; None: the recipe's, up to 131,072")
     sequences: PositiveInt | None = Field(None, description="judged at each length; None: the recipe's")

@@ -81,9 +81,8 @@ class TwoWayAttention(Attention):
 def _products(attention: Attention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
     """Scaled q·k of rotated vectors in float32, as SDPA accumulates them: [B,H,n,T]."""
     config = attention.config
-    q = attention.turn(q, cos, sin) * attention.log_temperature.exp().to(q.dtype)[:, None, None]
-    q = scaled(q, config)[:, :, at]
-    k = attention.turn(k, cos, sin).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
+    q, k = attention.place(q, k, cos, sin)
+    q, k = scaled(q, config)[:, :, at], k.repeat_interleave(config.n_heads // config.n_kv_heads, 1)
     with full_precision(q):
         return (q.float() @ k.float().transpose(-1, -2)) * config.head_dim**-0.5
 

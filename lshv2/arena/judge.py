@@ -37,12 +37,11 @@ def judge(
     outcomes, groups, seen = [], [], []
     for examples in _batches(task, length, sequences, seed):
         ids, labels = (to_device(x, device) for x in (examples.input_ids, examples.labels))
-        result: list[Tensor] = []
         counts = (examples.labels[:, 1:] != IGNORED).sum(1)
         if counts.min() != counts.max():
             raise ValueError(f"{task.name}: {counts.min()} to {counts.max()} answers a sequence; all need as many")
-        _answer(result, model, ids, labels, task, device)
-        outcome, steps = (x.float().cpu().numpy().astype(np.float64).reshape(len(ids), -1) for x in result)
+        answers = _answer(model, ids, labels, task, device)
+        outcome, steps = (x.float().cpu().numpy().astype(np.float64).reshape(len(ids), -1) for x in answers)
         extra = {"ponder_step": steps.astype(np.int64)} if model.config.use_ponder else {}
         outcomes.append(outcome)
         groups.append({**examples.groups, **extra})
@@ -75,20 +74,19 @@ def _batches(task: ArenaTask, length: int, sequences: int, seed: int) -> Iterato
 
 
 def _answer(
-    result: list[Tensor], model: LSHModel, ids: Tensor, labels: Tensor, task: ArenaTask, device: torch.device
-) -> None:
-    """To result, for each answer in order: whether it is the most likely token (or its nats), and its ponder steps."""
+    model: LSHModel, ids: Tensor, labels: Tensor, task: ArenaTask, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For each answer in order: whether it is the most likely token (or its nats), and its ponder steps."""
     asked = labels[:, 1:] != IGNORED
     with autocast(device):
         out = model(ids, labels=labels)
         assert out.cross_entropy is not None
         steps = out.ponder_steps[:, :-1][asked]
         if task.metric == "bits_per_byte":
-            result += [out.cross_entropy[:, 1:][asked], steps]
-            return
+            return out.cross_entropy[:, 1:][asked], steps
         states = out.hidden[:, :-1][asked]
         likely = torch.cat([(h @ out.head.to(h.dtype).T).argmax(-1) for h in states.split(4096)])
-    result += [likely == labels[:, 1:][asked], steps]
+    return likely == labels[:, 1:][asked], steps
 
 
 def _mean(values: np.ndarray, task: ArenaTask) -> float:

@@ -8,14 +8,14 @@ for the longest. What each choice is worth was tried with one seed (NOTES.md).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
+from lshv2.config import ArenaAttention as Attention
 from lshv2.config import ModelConfig
 
 LONGEST = 131_072
 LENGTHS = tuple(1 << e for e in range(10, 18))  # what is judged
-Attention = Literal["lsh", "dense", "dense_scaled", "window"]
-ATTENTIONS: tuple[Attention, ...] = ("lsh", "dense", "dense_scaled", "window")
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 BASE: dict[str, Any] = {
     "d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "d_ff": 256, "window": 64, "bucket_size": 64,
     "n_rounds": 4, "n_buckets": 1024, "short_conv": 3, "use_ponder": False,
@@ -39,9 +39,10 @@ class Recipe:
         """A model's shape; longest: the longest sequence it will see."""
         shape = {**BASE, **self.settings}
         shape.setdefault("weight_tied_layers", shape["n_layers"])
+        kind: dict[str, Any] = {"attention": attention}
         if attention == "dense_scaled":
-            shape |= {"attention": "dense", "softmax_scale": "log_length"}
-        return ModelConfig(**{"attention": attention, **shape}, vocab_size=vocab_size, max_seq_len=longest)
+            kind = {"attention": "dense", "softmax_scale": "log_length"}
+        return ModelConfig(vocab_size=vocab_size, max_seq_len=longest, **kind, **shape)
 
     def twin(self, attention: Attention) -> Recipe:
         """The recipe of a twin: a window sees as many keys as LSH may, all of them the most recent."""

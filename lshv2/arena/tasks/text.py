@@ -64,7 +64,7 @@ class Text(ArenaTask):
             raise UserError(
                 f"{self.name}: {len(stream):,} bytes of {self.split} text are fewer than one window of {length:,}"
             )
-        # where a window may end, whatever its length; training leaves out the least that it can
+        # where a window may end, whatever its length; training leaves out little: of a short text its first sixteenth
         least = max(1, min(self.LONGEST, len(stream) // (16 if self.split == "train" else 2)))
         ends = least + (generator.random(n) * (len(stream) - least + 1)).astype(np.int64)
         ends = ends.clip(min=length)
