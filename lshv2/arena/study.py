@@ -87,8 +87,8 @@ def plan(
     """Jobs; `run_pool` decides their order. Raises UserError for an unknown task, or where nothing is to be done.
 
     lengths: None takes the recipe's; those too short for a task are left out. changes: of every recipe, fields by name.
-    variants: `recipes.VARIANTS` too, beside "lsh". attentions: of "dense_scaled" there are none but where lengths beyond
-    the trained ones are judged: elsewhere nothing is to be made up for.
+    variants: `recipes.VARIANTS` too, beside "lsh". attentions: of "dense_scaled" there are none but where lengths
+    beyond the trained ones are judged: elsewhere nothing is to be made up for.
     """
     load_plugins(plugins)
     jobs = []
