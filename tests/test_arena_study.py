@@ -144,6 +144,15 @@ def test_duplication_is_asked_with_other_probes(tmp_path: Path) -> None:
     assert rounds == {"": 4, "rounds=1": 1, "rounds=2": 2, "rounds=8": 8}
 
 
+def test_tracking_is_asked_with_everything_to_see_too(tmp_path: Path) -> None:
+    job, = small_plan("variable_tracking", attentions=("lsh",), variants=False)
+    run_job(job, tmp_path)
+    rows = {(row["setting"], row["seq_len"]): row for row in rows_of(tmp_path).values()}
+    assert {which: row["keys_a_query"] is None for which, row in rows.items()} == {
+        ("", 64): False, ("", 200): False, ("attention=dense", 64): True, ("attention=dense", 200): True}
+    assert {row["model"] for row in rows.values()} == {"lsh"} and len({row["trained_as"] for row in rows.values()}) == 1
+
+
 def test_the_sweep_changes_what_its_points_say(tmp_path: Path) -> None:
     jobs = sweep_jobs(("duplication",), (0, 1), small=True, changes=TINY)
     assert len(jobs) == 2 * len(POINTS) and len({job.trained_as for job in jobs}) == len(jobs)

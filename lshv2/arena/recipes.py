@@ -99,8 +99,10 @@ LIGHTER: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "variable_tracking": {"pondering": {"n_layers": 8, "weight_tied_layers": 2, "use_ponder": True}},
 }
-# Numbers of probes that LSH is judged with, beside what it was trained with: what finding costs, and what it misses.
-ASKED_WITH = {"duplication": (1, 2, 8)}
+# What LSH is judged with too, beside what it was trained with: what finding costs, and what it misses.
+ASKED_WITH: dict[str, tuple[dict[str, Any], ...]] = {
+    "duplication": ({"n_rounds": 1}, {"n_rounds": 2}, {"n_rounds": 8}), "variable_tracking": ({"attention": "dense"},),
+}
 
 # Laptop sizes: what `make quick` and the tests have time for.
 SMALL: dict[str, Any] = {
