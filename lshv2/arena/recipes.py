@@ -80,7 +80,7 @@ RECIPES: dict[str, Recipe] = {
     "uuid_needle": Recipe(
         (48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32, "short_conv": 5}, sequences=200
     ),
-    "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**WIDE, "n_layers": 4}),
+    "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
     "listops": Recipe(TREE_LENGTHS, 15_000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384), 200),
     "bytes": Recipe(
