@@ -172,6 +172,7 @@ def _draw_quality(axis: Axes, here: list[Summary], title: str) -> None:
             joined.append((name, sorted(line, key=lambda s: s.get("keys_a_query")), colour))
         else:
             axis.axhline(times * line[0].mean, color=colour, linestyle="--", linewidth=1.3, label=name)
+            axis.axhspan(times * line[0].low, times * line[0].high, color=colour, alpha=0.12, linewidth=0)
     for name, line, colour in joined:
         middle = times * np.array([s.mean for s in line])
         spread = np.abs(times * np.array([[s.low for s in line], [s.high for s in line]]) - middle)
@@ -180,7 +181,7 @@ def _draw_quality(axis: Axes, here: list[Summary], title: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(keys, [f"{key:,.0f}" for key in keys])
     axis.set_xticks([], minor=True)
-    label(axis, f"{title} at {here[0].seq_len:,} tokens", "keys a query", unit)
+    label(axis, f"{title} at {here[0].seq_len:,} tokens", "keys a query", unit, beneath=True)
 
 
 def draw_needles(arena: Arena) -> Figure | None:

@@ -203,13 +203,15 @@ def _draw_fit(axis: Axes, exponent: float, low: float, high: float, x: np.ndarra
         axis.fill_between(np.exp(line), *edges, color=colour, alpha=0.12, linewidth=0)
 
 
-def label(axis: Axes, title: str, x: str, y: str) -> None:
-    """Title, axis titles, and a legend where there are labelled lines."""
+def label(axis: Axes, title: str, x: str, y: str, beneath: bool = False) -> None:
+    """Title, axis titles, and a legend where there are labelled lines; beneath: under the axes, where it hides none."""
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     handles, _ = axis.get_legend_handles_labels()
-    if handles:
+    if handles and beneath:
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, edgecolor="none")
+    elif handles:
         axis.legend(fontsize=8, loc="best", edgecolor="none", framealpha=0.8)  # readable where it lies on a line
 
 

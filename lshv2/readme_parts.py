@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena_results import NEEDLES, PICTURE, read_arena
+from lshv2.arena_results import NEEDLES, PICTURE, Arena, read_arena
+from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import arena_targets
 from lshv2.arena_views import score_table
 from lshv2.benchmark_results import read_benchmark
@@ -125,9 +126,20 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     return "\n\n".join([
         head, scores,
         *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
+        *_shapes(arena),
         *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
         *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
     ])
+
+
+def _shapes(arena: Arena) -> list[str]:
+    """The quality curve as a table, and what it advises."""
+    if not (cells := shape_table(arena)):
+        return []
+    return [
+        f"The quality curve: shapes of LSH attention with models of their own, beside their twins. {ABOUT}",
+        ruled(cells, (0, len(cells[0]) - 1)),
+    ]
 
 
 def parity_part(folder: Path, key: str) -> str:

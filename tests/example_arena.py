@@ -61,6 +61,26 @@ def _arena_row(task: str, model: str, seed: int, setting: str, length: int, long
             **({"rounds": rounds, "bucket_size": bucket_size} if model == "lsh" else {})}
 
 
+SHAPES = {  # label -> keys, recall, copying, bits per byte of text
+    "R 1, W 64, cells x 1": (132, 1.0, 0.50, 1.20),
+    "R 2, W 64, cells x 1": (196, 1.0, 0.995, 1.40),
+    "R 4, W 64, cells x 1": (324, 0.992, 1.0, 1.30),
+    "R 8, W 32, cells x 1": (324, 1.0, 0.98, 1.10),
+    "R 4, W 64, cells x 4": (324, 1.0, 1.0, 1.35),
+    "R 8, W 64, cells x 1": (580, 1.0, 1.0, 1.32),
+}
+
+
+def shape_rows(task: str, which: int, metric: str = "accuracy", seeds: int = 2) -> list[dict[str, Any]]:
+    """Lines of a quality curve on one task: value number `which` of each of SHAPES, and two twins."""
+    both = {"task": task, "status": "ok", "trained_len": 512, "metric": metric, "seq_len": 1024, "steps": 9}
+    lsh = [{**both, "model": "lsh", "setting": label, "keys_a_query": values[0], "seed": seed, "value": values[which],
+            "rounds": int(label[2]), "n_buckets": 16, "bucket_size": 64}
+           for label, values in SHAPES.items() for seed in range(seeds)]
+    window = {**both, "model": "window", "setting": "window 128", "keys_a_query": 132, "seed": 0, "value": 0.1}
+    return [*lsh, window, {**both, "model": "dense", "setting": "", "seed": 0, "value": 0.9}]
+
+
 def write_arena(folder: Path, rows: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:

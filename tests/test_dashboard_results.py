@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dashboard_pages import BROKEN, drawn, page, table, warnings
-from example_arena import arena_rows, write_arena
+from example_arena import arena_rows, shape_rows, write_arena
 
 from lshv2.scaling import fit_power
 
@@ -72,6 +72,17 @@ def test_the_arena_shows_twins_chance_shortcuts_and_targets(shown_runs: Path) ->
     said = {row["target"]: row["result"] for row in table(app, "stretch")}
     assert said["induction heads, trained at 256, at 131,072"] == "✔ met" and len(said) == 17
     assert said["passkey, every depth and length to 131,072"] == "✖ missed" and said["ListOps"] == "· not measured"
+
+
+def test_a_quality_curve_says_which_shape_it_advises(shown_runs: Path) -> None:
+    assert "Which shape of attention" not in {one.value for one in page("arena", "quick").subheader}
+    (shown_runs / "quick" / "arena.jsonl").unlink()
+    write_arena(shown_runs / "quick", [*shape_rows("duplication", 2), *shape_rows("bytes", 3, "bits_per_byte")])
+    app = page("arena", "quick")
+    said = {row["shape"]: row["advised"] for row in table(app, "advised")}
+    assert [shape for shape, advised in said.items() if advised] == ["LSH, R 2, W 64, cells x 1",
+                                                                   "LSH, R 4, W 64, cells x 1"]
+    assert len(said) == 8 and "window 128" in said
 
 
 @pytest.mark.parametrize("task, charts", {"passkey": 4, "variable_tracking": 2, "bytes": 3, "my_own_task": 1}.items())

@@ -145,6 +145,7 @@ def quality_chart(here: list[Summary]) -> go.Figure:
         chart.add_scatter(x=[min(reach), max(reach)], y=[line[0].mean] * 2, name=escape(title), mode="lines",
                           line=dict(color=colour, width=1.8, dash="dash"), text=[spread(line[0])] * 2,
                           hovertemplate=escape(title) + "<br>%{text}<extra></extra>")
+        chart.add_hrect(line[0].low, line[0].high, fillcolor=faded(colour, 0.12), line_width=0, layer="below")
     ticks = sorted(set(reach))
     chart.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[f"{keys:,.0f}" for keys in ticks])
     if metric == ACCURACY:

@@ -10,6 +10,7 @@ from ui.page import chosen_runs, live, notices, selected
 from ui.style import judged, plain, quantity, show, table
 
 from lshv2.arena_results import BITS, FILE, MODELS, NEEDLES, PICTURE, TASKS, Arena, Summary, find_arenas, read_arena
+from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import arena_targets
 from lshv2.arena_views import Level, levels, lines, quality_lengths, shown_score, spread, trained_to
 from lshv2.benchmark_results import read_benchmark
@@ -78,6 +79,7 @@ def draw() -> None:
     st.subheader(plain(TASKS.get(task, task)))
     charts(of_task, as_trained)
     overview(arena)
+    shapes(arena)
     st.subheader("Targets")
     table(judged(arena_targets(arena.summaries, read(read_benchmark, entries[key]))), "arena targets")
     st.caption("Means over seeds, as trained; met is said only of what was measured as far as the target goes. "
@@ -101,7 +103,8 @@ def charts(of_task: list[Summary], as_trained: list[Summary]) -> None:
         where = length if length in swept else swept[-1]
         drawn.append((quality_chart([s for s in of_task if s.seq_len == where]), "arena quality",
                       "against keys a query", f"At {where:,} tokens, what more rounds and larger buckets buy. "
-                      "Points: means, bars: lowest to highest seed; dashed: the twins. The axis does not begin at 0."))
+                      "Points: means, bars and bands: lowest to highest seed; dashed: the twins. The axis does not "
+                      "begin at 0."))
     for pair in (drawn[n : n + 2] for n in range(0, len(drawn), 2)):
         for column, (chart, name, alt, caption) in zip(st.columns(min(2, len(drawn))), pair, strict=False):
             with column:
@@ -162,6 +165,13 @@ def overview(arena: Arena) -> None:
                      "seeds": str(max(s.seeds for s in here))})
     table(rows, "arena overview")
     st.caption("Each task at the longest length that LSH was evaluated at, as trained: mean (lowest to highest seed).")
+
+
+def shapes(arena: Arena) -> None:
+    if cells := shape_table(arena):
+        st.subheader("Which shape of attention")
+        table([dict(zip(cells[0], row, strict=True)) for row in cells[1:]], "arena shapes")
+        st.caption(plain(ABOUT))
 
 
 live(draw)
