@@ -98,10 +98,10 @@ def shape_table(arena: Arena) -> list[list[str]]:
         count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
         unit = "bits per byte, " if one.metric == BITS else ""
         heads.append(f"{TASKS.get(task, task)}: {unit}{one.seq_len:,} tokens, {count} seed{'s' * (count != '1')}")
-    table = [["shape", "keys a query", *heads, "advised"]]
+    table = [["shape", "advised", "keys a query", *heads]]
     for shape in every:
         name = f"LSH, {shape.label}" if shape.model == "lsh" else shape.label
         keys = f"{shape.keys:,.0f}" if math.isfinite(shape.keys) else "all"
         cells = [spread(shape.scores[task]) if task in shape.scores else "–" for task in tasks]
-        table.append([name, keys, *cells, "yes" if shape.advised else ""])
+        table.append([name, "yes" if shape.advised else "", keys, *cells])
     return table

@@ -138,7 +138,7 @@ def _shapes(arena: Arena) -> list[str]:
         return []
     return [
         f"The quality curve: shapes of LSH attention with models of their own, beside their twins. {ABOUT}",
-        ruled(cells, (0, len(cells[0]) - 1)),
+        ruled(cells, (0, 1)),
     ]
 
 
