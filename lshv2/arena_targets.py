@@ -4,8 +4,8 @@
 
 Accuracies are means over seeds, in %, as the model was trained (nothing changed at evaluation but for duplication's
 rounds); `detail` names the seeds and the lowest of them. Met is said only of what was measured as far as the target
-goes, on three seeds at least; missed as soon as one measured value misses it. What is not there is not measured, with
-the reason.
+goes, on three seeds and fifty sequences a seed at least; missed as soon as one measured value misses it. What is not
+there is not measured, with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from lshv2.tolerant import NAN
 
 LONGEST = 131_072
 LENGTHS = tuple(1 << e for e in range(10, 18))  # "every length": 1,024 to LONGEST
-DEPTHS, SEEDS = 10, 3
+DEPTHS, SEEDS, SEQUENCES = 10, 3, 50
+LISTOPS = 2001  # tokens: the Long Range Arena's trees, all of them
 DENSE = ("dense", "dense_scaled")
 NEEDLES = ("passkey", "kv_needle", "uuid_needle")
 ROUNDS = {1: (90, 99), 2: (99, 100), 4: (99.9, 100), 8: (100, 100)}  # duplication: at least, stretch
@@ -38,7 +39,7 @@ def arena_targets(summaries: Summaries, benchmark: Benchmark | None) -> list[Tar
     found += [_reached(plain, task, 4096, 99, 99.9, "at 4,096")
               for task in ("selective_copying", "selective_copying_dense")]
     found += [_needle(plain, task) for task in NEEDLES]
-    found.append(_reached(plain, "listops", None, 50, 60, ""))
+    found.append(_reached(plain, "listops", LISTOPS, 50, 60, ""))
     found += [_duplication(summaries, rounds) for rounds in ROUNDS]
     return [*found, *_scaling(benchmark)]
 
@@ -79,18 +80,28 @@ def _missing(summary: Summary | None) -> str:
     return summary.status if summary is not None else "not run"
 
 
-def _reached(summaries: Summaries, task: str, length: int | None, least: float, stretch: float, where: str,
+def _asked(summary: Summary) -> tuple[bool, str]:
+    """Whether enough sequences were, of each seed, and what to say of them."""
+    sequences, answers = summary.get("sequences"), summary.get("scored")
+    said = f"; {answers:,.0f} answers a seed" if math.isfinite(answers) else ""
+    enough = sequences >= SEQUENCES
+    counted = f"{sequences:,.0f}" if math.isfinite(sequences) else "an unknown number of"
+    return enough, said if enough else f"; {counted} sequences a seed of {SEQUENCES} wanted"
+
+
+def _reached(summaries: Summaries, task: str, length: int, least: float, stretch: float, where: str,
              longest_trained: float = math.inf) -> Target:
-    """LSH's accuracy at this length; None: the longest measured."""
-    mine = _lengths(summaries, task, "lsh", longest_trained)
-    found = mine.get(length if length is not None else max(mine, default=0))
+    """LSH's accuracy at this length."""
+    found = _lengths(summaries, task, "lsh", longest_trained).get(length)
     name = f"{TASKS[task]}, {where}" if where else TASKS[task]
     if found is None or not found.seeds:
         return _judge(name, "≥", least, stretch, NAN, "%", _missing(found))
-    detail = _seeds(found) if length is not None else f"{_seeds(found)}, at {found.seq_len:,}"
+    enough, said = _asked(found)
+    detail = _seeds(found) + said
     rule, reached = found.shortcut
     detail += f"; a rule without a model has {_percent(reached):g} %: {rule}" if reached > found.mean else ""
-    return _judge(name, "≥", least, stretch, _percent(found.mean), "%", detail, found.seeds >= SEEDS)
+    return _judge(name, "≥", least, stretch, _percent(found.mean), "%", detail,
+                  found.seeds >= SEEDS and enough)
 
 
 def _against_dense(summaries: Summaries, task: str) -> Target:
@@ -106,14 +117,28 @@ def _against_dense(summaries: Summaries, task: str) -> Target:
         return _judge(name, "≤", 1, 0, NAN, "points", "no length with both")
     worst = max(leads, key=lambda length: (leads[length], length))
     left = sorted(dense.keys() - lsh.keys())
-    detail = f"worst at {worst:,} of {len(leads)} lengths, {dense[worst].seeds} and {lsh[worst].seeds} seeds"
-    detail += f"; LSH has no value at {', '.join(f'{length:,}' for length in left)}" if left else ""
+    detail = f"worst at {worst:,} of {len(leads)} lengths: dense {_range(dense[worst])}, LSH {_range(lsh[worst])}"
+    detail += f"; LSH has no value at {_named(left)}" if left else ""
+    full = {s.seq_len for s in of_task if s.model in DENSE and s.status == "out of memory"}
+    gaps = [n for n in LENGTHS if n not in dense and n not in full]
+    detail += f"; not measured at {_named(gaps)}" if gaps else ""
     seeds = min(s[n].seeds for s in (lsh, dense) for n in leads)
     detail += f"; at some length {_counted(seeds)}" if seeds < SEEDS else ""
     absent = [MODELS[model] for model in DENSE if model not in {s.model for s in alike}]
     detail += f"; not measured: {', '.join(absent)}" if absent else f"; the better one: {MODELS[dense[worst].model]}"
-    complete = seeds >= SEEDS and not left and not absent
+    enough, said = _asked(min((lsh[n] for n in leads), key=lambda s: s.get("sequences")))
+    detail += "" if enough else said
+    complete = seeds >= SEEDS and enough and not left and not gaps and not absent
     return _judge(name, "≤", 1, 0, leads[worst], "points", detail, complete)
+
+
+def _range(summary: Summary) -> str:
+    low, high = (f"{_percent(value):g}" for value in (summary.low, summary.high))
+    return (f"{low} %" if low == high else f"{low} to {high} %") + f" ({_counted(summary.seeds)})"
+
+
+def _named(lengths: Sequence[int]) -> str:
+    return ", ".join(f"{length:,}" for length in lengths)
 
 
 def _needle(summaries: Summaries, task: str) -> Target:
@@ -130,10 +155,12 @@ def _needle(summaries: Summaries, task: str) -> Target:
     detail = f"worst at {length:,}, depth {depth}; {len(cells)} cells of {len(lengths)} lengths"
     sequences = every[length].get("sequences")
     detail += f", {sequences:g} sequences a length and seed" if math.isfinite(sequences) else ""
-    detail += f"; fewer than {DEPTHS} depths at {', '.join(f'{gap:,}' for gap in gaps)}" if gaps else ""
+    detail += f"; fewer than {DEPTHS} depths at {_named(gaps)}" if gaps else ""
     seeds = min(every[n].seeds for n in lengths)
     detail += f"; {_counted(seeds)}" if seeds < SEEDS else ""
-    complete = not gaps and seeds >= SEEDS
+    enough, said = _asked(min((every[n] for n in lengths), key=lambda s: s.get("sequences")))
+    detail += "" if enough else said
+    complete = not gaps and seeds >= SEEDS and enough
     return _judge(name, "≥", 98, 100, _percent(cells[length, depth]), "%", detail, complete)
 
 
@@ -148,8 +175,9 @@ def _duplication(summaries: Summaries, rounds: int) -> Target:
     found = [s for s in mine if s.setting == f"rounds={rounds}"] or (as_trained if rounds == 4 else [])
     if not found or not found[0].seeds:
         return _judge(name, "≥", least, stretch, NAN, "%", _missing(found[0] if found else None))
-    enough = found[0].seeds >= SEEDS
-    return _judge(name, "≥", least, stretch, _percent(found[0].mean), "%", _seeds(found[0]), enough)
+    enough, said = _asked(found[0])
+    return _judge(name, "≥", least, stretch, _percent(found[0].mean), "%", _seeds(found[0]) + said,
+                  found[0].seeds >= SEEDS and enough)
 
 
 def _scaling(benchmark: Benchmark | None) -> list[Target]:
@@ -177,4 +205,10 @@ def _fit(benchmark: Benchmark | None, measure: str) -> tuple[Fit | None, str]:
         return None, f"fitted over {fit.min_seq_len:,.0f} to {fit.max_seq_len:,.0f} tokens"
     if not math.isfinite(fit.high):
         return None, "no interval: two lengths"
-    return fit, f"exponent {fit.exponent:.3f}, 95 % interval {fit.low:.3f} to {fit.high:.3f}"
+    said = f"exponent {fit.exponent:.3f}, 95 % interval {fit.low:.3f} to {fit.high:.3f}"
+    scaling = benchmark.scaling.get(("lsh", measure))
+    part = scaling.fixed_part if scaling else None
+    if part is not None:  # the other reading of the same points: what does not grow stands beside what does
+        interval = f" ({part.low:.3f} to {part.high:.3f})" if math.isfinite(part.low) else ""
+        said += f"; with a fixed part {part.exponent:.3f}{interval}"
+    return fit, f"{said}; the last doubling {fit.last_doubling:.2f} times"

@@ -50,7 +50,8 @@ def _arena_row(task: str, model: str, seed: int, setting: str, length: int, long
           "mqar": {"gap": spread(buckets, 1.0)}}.get(task, {})
     seen = {"lsh": rounds * bucket_size + 64, "window": 64}.get(model, length // 2)
     row = {"schema": 1, "task": task, "model": model, "seed": seed, "setting": setting, "seq_len": length,
-           "trained_len": trained, "steps": 300, "metric": "bits_per_byte" if bits else "accuracy", "chance": chance,
+           "trained_len": trained, "steps": 300, "sequences": 200,
+           "metric": "bits_per_byte" if bits else "accuracy", "chance": chance,
            "device": "cpu (test data)", "dtype": "float32", "torch": "2.13.0", "commit": "0123456789",
            "command": "a test made this line up"}
     if model == "dense" and longest:
