@@ -33,7 +33,17 @@ from lshv2.arena_results import (
     place,
     read_arena,
 )
-from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, quality_twins, shown_score, trained_to
+from lshv2.arena_views import (
+    group_labels,
+    grouped,
+    levels,
+    lines,
+    quality_lengths,
+    quality_lines,
+    quality_twins,
+    shown_score,
+    trained_to,
+)
 from lshv2.axes import short
 from lshv2.errors import UserError
 from lshv2.plots import COLOURS, MARKERS, REFERENCE, label, length_axis
@@ -41,7 +51,10 @@ from lshv2.runs import atomic_path
 
 COLUMNS = 3
 TITLE_LETTERS = 12  # of the title's size, an inch
-GROUPS = {"hops": "hops", "position": "position, from (tokens)"}  # drawn at the longest length
+GROUPS = {  # drawn at the longest length
+    "hops": "hops", "position": "position, from (tokens)", "ponder_step": "ponder steps that the answer took",
+}
+STYLES = ("-", "--", ":")  # of a model as trained, and of what its settings change
 SHORTCUT, OTHER, ROUNDS = "#CC79A7", "#AA3377", ("#0072B2", "#56B4E9", "#AA3377", "#E69F00", "#555555", "#CC79A7")
 
 
@@ -71,9 +84,9 @@ def draw_arena(arena: Arena) -> Figure:
             panels.append((_draw_lengths, as_trained, TASKS.get(task, task)))
     for task in arena.tasks:
         for name in GROUPS:
-            grouped = [s for s in trained_to(arena.of(task)) if s.by.get(name)]
-            longest = [s for s in grouped if s.seq_len == max(s.seq_len for s in grouped)]
-            if longest:
+            known = [s for s in arena.of(task, None) if s.by.get(name)]
+            longest = [s for s in known if s.seq_len == max(s.seq_len for s in known)]
+            if grouped(longest, name):
                 panels.append((_draw_group, longest, name))
     for task in arena.tasks:
         everything = arena.of(task, None)
@@ -143,19 +156,21 @@ def _draw_lengths(axis: Axes, task: list[Summary], title: str) -> None:
 
 def _draw_group(axis: Axes, here: list[Summary], name: str) -> None:
     times, unit = _unit(here[0].metric)
-    for title, line in lines(here).items():
-        groups = line[0].by[name]
-        axis.plot(list(groups), times * np.array(list(groups.values())), linewidth=1.3, label=title,
-                  **_style(line[0]))
+    shown = grouped(here, name)
+    ticks = group_labels(shown.values(), name)
+    settings = ["", *dict.fromkeys(s.setting for s in shown.values() if s.setting)]
+    for title, s in shown.items():
+        groups = s.by[name]
+        axis.plot([ticks.index(tick) for tick in groups], times * np.array(list(groups.values())), linewidth=1.3,
+                  linestyle=STYLES[settings.index(s.setting) % len(STYLES)], label=title, **_style(s))
     chance = levels(here)[0].chance
     if here[0].metric == ACCURACY:
         axis.axhline(100 * chance, color=REFERENCE, linestyle=":", linewidth=1.4, label="chance")
         axis.set_ylim(-3, 103)
-    ticks = list(here[0].by[name])
     if name == "position":  # an octave by where it begins
         begin = [label_place(tick)[0] for tick in ticks]
         ticks = [short(at) if math.isfinite(at) else tick for at, tick in zip(begin, ticks, strict=True)]
-        axis.set_xticks(range(len(ticks)), ticks)
+    axis.set_xticks(range(len(ticks)), ticks)
     crowded = len(ticks) > 10 or max(map(len, ticks), default=0) > 4
     axis.tick_params(axis="x", labelrotation=45 if crowded else 0)
     label(axis, f"{TASKS.get(here[0].task, here[0].task)} at {here[0].seq_len:,} tokens", GROUPS[name], unit)

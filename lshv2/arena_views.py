@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lshv2.arena_results import ACCURACY, BITS, LIGHTER_DENSE, MODELS, TASKS, Arena, Summary, mean, place
+from lshv2.arena_results import ACCURACY, BITS, LIGHTER_DENSE, MODELS, TASKS, Arena, Summary, label_place, mean, place
 from lshv2.tolerant import NAN
 
 
@@ -29,6 +29,25 @@ def lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
         trained = f", trained at {s.trained_len:,.0f}" if several and math.isfinite(s.trained_len) else ""
         found.setdefault(MODELS.get(s.model, s.model) + trained, []).append(s)
     return found
+
+
+# What is shown by these groups of other trainings and askings too: by hops what the rest fails at, by ponder step the
+# one model that has such.
+BY_SETTING = ("hops", "ponder_step")
+
+
+def grouped(summaries: Sequence[Summary], name: str) -> dict[str, Summary]:
+    """Of one length: name -> what has this grouping, a model a line; of `BY_SETTING` a setting too."""
+    found = {}
+    for s in sorted(trained_to(summaries), key=lambda s: (s.setting != "", place(MODELS, s.model))):
+        if s.by.get(name) and (not s.setting or name in BY_SETTING):
+            found[MODELS.get(s.model, s.model) + (f", {s.setting}" if s.setting else "")] = s
+    return found
+
+
+def group_labels(summaries: Iterable[Summary], name: str) -> list[str]:
+    """All labels of one grouping, in order: one model may lack what another has."""
+    return sorted({label for s in summaries for label in s.by.get(name, {})}, key=label_place)
 
 
 @dataclass(frozen=True)
@@ -117,7 +136,8 @@ def score_table(arena: Arena) -> list[list[str]]:
     # a length of one task alone has no column where others have: it stands in the nearest one's, named
     shared = sorted(length for length, tasks in asked.items() if len(tasks) > 1)
     lengths = shared or sorted(asked)
-    table = [["task", "model", "seeds", *(f"{length:,}" for length in lengths), "chance", "best shortcut"]]
+    columns = [f"{length:,}" for length in lengths]
+    table = [["task", "model", "seeds", "keys a query", *columns, "chance", "best shortcut"]]
     for task in arena.tasks:
         mine = arena.of(task)
         for n, (name, line) in enumerate(lines(mine).items()):
@@ -129,9 +149,15 @@ def score_table(arena: Arena) -> list[list[str]]:
             cells = {column: "; ".join(values) for column, values in told.items()}
             seeds = sorted({s.seeds for s in line if s.seeds} or {0})
             count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-            table.append(["" if n else _named(mine), name, count, *(cells.get(length, "–") for length in lengths),
-                          *(("", "") if n else _extremes(mine))])
+            table.append(["" if n else _named(mine), name, count, _keys(line[0]),
+                          *(cells.get(length, "–") for length in lengths), *(("", "") if n else _extremes(mine))])
     return table
+
+
+def _keys(summary: Summary) -> str:
+    """What a query sees at most: accuracy is bought with it."""
+    keys = summary.get("keys_a_query")
+    return f"{keys:,.0f}" if math.isfinite(keys) else "all" if summary.model.startswith("dense") else "–"
 
 
 def _named(task: Sequence[Summary]) -> str:

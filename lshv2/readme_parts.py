@@ -112,13 +112,15 @@ def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> 
 
 def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     """What the twins get right by length; unless short, the targets and the pictures too."""
-    arena, _ = read_arena(folder)
+    arena, problems = read_arena(folder)
     if arena is None:
         return None
     device, torch, commits = (", ".join(arena.origins(name)) for name in ("device", "torch", "commit"))
     head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
             f"{made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
-            "measured. Chance and the best shortcut, a rule without a model: where they reach most.")
+            "measured. Keys a query: what it sees at most, whatever the length. Chance and the best shortcut, a rule "
+            "without a model: where they reach most.")
+    head += "".join(f" **{problem}.**" for problem in problems)
     cells = score_table(arena)
     scores = ruled(cells, (0, 1, len(cells[0]) - 1))
     if short:

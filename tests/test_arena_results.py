@@ -13,7 +13,17 @@ from example_arena import arena_rows, write_arena
 from lshv2 import readme
 from lshv2.arena_plots import draw_arena, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
-from lshv2.arena_views import levels, lines, quality_lengths, quality_lines, quality_twins, shown_score, spread
+from lshv2.arena_views import (
+    group_labels,
+    grouped,
+    levels,
+    lines,
+    quality_lengths,
+    quality_lines,
+    quality_twins,
+    shown_score,
+    spread,
+)
 from lshv2.errors import UserError
 from lshv2.runs import append_jsonl, write_json
 
@@ -193,6 +203,32 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("arena.png", "arena_needles.png"))
     assert [path.name for path in write_pictures(write_arena(tmp_path / "one", [ROW]))] == ["arena.png"]
     assert draw_arena(arena(tmp_path / "none", {**ROW, "status": "timeout"})).axes == []
+
+
+def test_groups_keep_their_order_where_a_model_lacks_some(tmp_path: Path) -> None:
+    def hops(model: str, labels: str, **more: Any) -> dict[str, Any]:
+        return {**ROW, "model": model, "by": {"hops": {label: 0.1 * int(label) for label in labels}}, **more}
+
+    asked = hops("lsh", "2", setting="pondering")
+    asked["by"]["ponder_step"] = {"4": 1.0, "3": 0.5}
+    gaps = {**ROW, "setting": "rounds=1", "by": {"gap": {"1": 1.0}}}
+    drawn = arena(tmp_path, hops("lsh", "13"), hops("dense", "123"), asked, gaps)
+    shown = grouped(drawn.of("mqar", None), "hops")
+    assert list(shown) == ["LSH", "dense", "LSH, pondering"] and group_labels(shown.values(), "hops") == ["1", "2", "3"]
+    assert list(grouped(drawn.of("mqar", None), "ponder_step")) == ["LSH, pondering"]
+    assert not grouped(drawn.of("mqar", None), "gap"), "of other settings hops and steps alone"
+    by_name = {axis.get_xlabel(): axis for axis in draw_arena(drawn).axes}
+    found = {line.get_label(): list(line.get_xdata()) for line in by_name["hops"].lines}
+    assert found["LSH"] == [0, 2] and found["dense"] == [0, 1, 2] and found["LSH, pondering"] == [1]
+    assert [tick.get_text() for tick in by_name["hops"].get_xticklabels()] == ["1", "2", "3"]
+    assert "ponder steps that the answer took" in by_name
+
+
+def test_lines_that_are_left_out_are_told_in_the_readme(tmp_path: Path) -> None:
+    former = {**ROW, "trained_by": "old", "seed": 1}
+    write_arena(tmp_path, [former, {**ROW, "trained_by": "new"}])
+    said = readme.arena_part(tmp_path, "x", short=True)
+    assert said and "**arena.jsonl 1 lines are of models that have since been trained otherwise: left out.**" in said
 
 
 def test_a_reference_is_a_table_in_the_readme(tmp_path: Path) -> None:

@@ -8,9 +8,19 @@ from html import escape
 import plotly.graph_objects as go
 
 from lshv2.arena_results import ACCURACY, BITS, Summary, label_place
-from lshv2.arena_views import levels, lines, quality_lines, quality_twins, shown_score, spread, trained_to
+from lshv2.arena_views import (
+    group_labels,
+    grouped,
+    levels,
+    lines,
+    quality_lines,
+    quality_twins,
+    shown_score,
+    spread,
+    trained_to,
+)
 from lshv2.axes import short
-from ui.style import GREY, PALETTE, faded, figure, length_axis
+from ui.style import DASHES, GREY, PALETTE, faded, figure, length_axis
 
 COLOURS = {"lsh": PALETTE[0], "dense": PALETTE[5], "dense_scaled": "#999933", "window": PALETTE[2]}
 SYMBOLS = {"lsh": "circle", "dense": "square", "dense_scaled": "square-open", "window": "diamond"}
@@ -112,19 +122,22 @@ def group_chart(here: list[Summary], name: str) -> go.Figure:
     """One grouping at one length: a line a model over the grouping's labels, chance dotted."""
     metric = here[0].metric
     chart = figure(WORDS.get(name, escape(name)), _title(metric), height=400)
-    for title, (s, *_) in lines(here).items():
-        if groups := s.by.get(name):
-            joined = "lines+markers" if all(math.isfinite(label_place(label)[0]) for label in groups) else "markers"
-            chart.add_scatter(
-                x=list(groups), y=list(groups.values()), name=escape(title), mode=joined,
-                line=dict(color=_colour(s.model), width=2), marker=dict(size=8, symbol=SYMBOLS.get(s.model, "cross")),
-                text=[shown_score(value, metric) for value in groups.values()],
-                hovertemplate=escape(title) + "<br>%{x}<br>%{text}<extra></extra>",
-            )
+    shown = grouped(here, name)
+    settings = ["", *dict.fromkeys(s.setting for s in shown.values() if s.setting)]
+    for title, s in shown.items():
+        groups, dash = s.by[name], DASHES[settings.index(s.setting) % len(DASHES)]
+        joined = "lines+markers" if all(math.isfinite(label_place(label)[0]) for label in groups) else "markers"
+        chart.add_scatter(
+            x=list(groups), y=list(groups.values()), name=escape(title), mode=joined,
+            line=dict(color=_colour(s.model), width=2, dash=dash),
+            marker=dict(size=8, symbol=SYMBOLS.get(s.model, "cross")),
+            text=[shown_score(value, metric) for value in groups.values()],
+            hovertemplate=escape(title) + "<br>%{x}<br>%{text}<extra></extra>",
+        )
     chance = levels(here)[0].chance
     if metric == ACCURACY and math.isfinite(chance):
         chart.add_hline(chance, line=dict(color=GREY, width=1.8, dash="dot"))
-    chart.update_xaxes(type="category")
+    chart.update_xaxes(type="category", categoryorder="array", categoryarray=group_labels(shown.values(), name))
     _scale(chart, metric)
     return chart
 

@@ -12,7 +12,7 @@ from ui.style import judged, plain, quantity, show, table
 from lshv2.arena_results import BITS, FILE, MODELS, NEEDLES, PICTURE, TASKS, Arena, Summary, find_arenas, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import arena_targets
-from lshv2.arena_views import Level, levels, lines, quality_lengths, shown_score, spread, trained_to
+from lshv2.arena_views import Level, grouped, levels, lines, quality_lengths, shown_score, spread, trained_to
 from lshv2.benchmark_results import read_benchmark
 from lshv2.run_state import Entry
 from lshv2.runs import runs_root
@@ -94,8 +94,9 @@ def charts(of_task: list[Summary], as_trained: list[Summary]) -> None:
                       f"{'Lower' if as_trained[0].metric == BITS else 'Higher'} is better. Lines: means over seeds, "
                       "bands: lowest to highest seed. Dotted: chance, and the strongest rule that needs no model; "
                       "dashed: the length of the training. A line ends where its model has no value."))
-    here = [s for s in as_trained if s.seq_len == length]
-    for name in dict.fromkeys(name for s in here for name in s.by if name not in ("depth", "part")):
+    here = [s for s in of_task if s.seq_len == length]
+    names = dict.fromkeys(name for s in here for name in s.by if name not in ("depth", "part"))
+    for name in (name for name in names if grouped(here, name)):
         words = WORDS.get(name, name)
         drawn.append((group_chart(here, name), f"arena {name}", f"by {words}",
                       plain(f"By {words}, at {length:,} tokens. Means over seeds.")))
