@@ -154,6 +154,22 @@ def score_table(arena: Arena) -> list[list[str]]:
     return table
 
 
+def cost_table(arena: Arena) -> list[list[str]]:
+    """Cells with their heading: what a forward pass of one sequence costs each model, as trained, at the longest length
+    at which LSH was timed; [] where nothing was."""
+    table = [["task", "tokens", "model", "keys a query", "ms", "MB beyond the weights"]]
+    for task in arena.tasks:
+        timed = [s for s in trained_to(arena.of(task)) if math.isfinite(s.get("forward_ms"))]
+        longest = max((s.seq_len for s in timed if s.model == "lsh"), default=0)
+        here = [line[0] for line in lines([s for s in timed if s.seq_len == longest]).values()]
+        for n, s in enumerate(here):
+            memory = s.get("forward_mb")
+            table.append(["" if n else TASKS.get(task, task), "" if n else f"{longest:,}", MODELS.get(s.model, s.model),
+                          _keys(s), f"{s.get('forward_ms'):,.4g}",
+                          f"{memory:,.4g}" if math.isfinite(memory) else "not measured"])
+    return table if len(table) > 1 else []
+
+
 def _keys(summary: Summary) -> str:
     """What a query sees at most: accuracy is bought with it."""
     keys = summary.get("keys_a_query")

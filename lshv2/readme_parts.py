@@ -10,7 +10,7 @@ from typing import Any
 from lshv2.arena_results import NEEDLES, PICTURE, Arena, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import arena_targets
-from lshv2.arena_views import score_table
+from lshv2.arena_views import cost_table, score_table
 from lshv2.benchmark_results import read_benchmark
 from lshv2.operator_results import (
     NAMES,
@@ -128,10 +128,18 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     return "\n\n".join([
         head, scores,
         *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
-        *_shapes(arena),
+        *_shapes(arena), *_costs(arena),
         *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
         *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
     ])
+
+
+def _costs(arena: Arena) -> list[str]:
+    """What a sequence costs the models whose answers are above."""
+    if not (cells := cost_table(arena)):
+        return []
+    return ["What one sequence costs these models: a forward pass at batch 1, eager, the median's mean over seeds.",
+            ruled(cells, (0, 2))]
 
 
 def _shapes(arena: Arena) -> list[str]:

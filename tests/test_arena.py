@@ -165,7 +165,7 @@ def test_what_is_judged_was_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(REGISTERED, "spy", Spy)
     job, = plan(("spy",), ("dense",), lengths=(64, 200), small=True, changes=TINY)
     run_job(job, tmp_path)
-    assert Spy.splits == ["train"] * TINY["steps"] + ["eval", "eval"]
+    assert Spy.splits == ["train"] * TINY["steps"] + ["eval"] * 4, "judged and timed at two lengths"
 
 
 def test_judging_with_other_settings_is_a_model_that_has_them() -> None:

@@ -14,6 +14,7 @@ from lshv2 import readme
 from lshv2.arena_plots import draw_arena, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
 from lshv2.arena_views import (
+    cost_table,
     group_labels,
     grouped,
     levels,
@@ -229,6 +230,20 @@ def test_lines_that_are_left_out_are_told_in_the_readme(tmp_path: Path) -> None:
     write_arena(tmp_path, [former, {**ROW, "trained_by": "new"}])
     said = readme.arena_part(tmp_path, "x", short=True)
     assert said and "**arena.jsonl 1 lines are of models that have since been trained otherwise: left out.**" in said
+
+
+def test_what_a_sequence_costs_is_a_table_where_it_was_timed(tmp_path: Path) -> None:
+    def row(model: str, ms: float | None, seed: int = 0, **more: Any) -> dict[str, Any]:
+        return {**ROW, "model": model, "seed": seed, "forward_ms": ms, "seq_len": 4096, **more}
+
+    timed = [row("lsh", 2.0, keys_a_query=68, forward_mb=7.5), row("lsh", 4.0, 1, keys_a_query=68, forward_mb=8.5),
+             row("dense", 9.0), row("window", None), row("lsh", 1.0, seq_len=1024), row("dense", 99.0, seq_len=8192)]
+    made = write_arena(tmp_path, timed)
+    content, _ = read_arena(made)
+    assert content and cost_table(content)[1:] == [["MQAR, 64 pairs", "4,096", "LSH", "68", "3", "8"],
+                                                   ["", "", "dense", "all", "9", "not measured"]]
+    assert "| MQAR, 64 pairs | 4,096 | LSH | 68 | 3 | 8 |" in str(readme.arena_part(made, "x"))
+    assert cost_table(arena(tmp_path / "b", ROW)) == [] and "costs" not in str(readme.arena_part(tmp_path / "b", "x"))
 
 
 def test_a_reference_is_a_table_in_the_readme(tmp_path: Path) -> None:

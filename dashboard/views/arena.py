@@ -133,11 +133,13 @@ def results(of_task: list[Summary]) -> None:
             "seeds": str(s.seeds), "status": s.status, "mean": shown_score(s.mean, s.metric) or "—",
             "lowest": shown_score(s.low, s.metric) or "—", "highest": shown_score(s.high, s.metric) or "—",
             "chance": shown_score(level.chance, s.metric) or "—", "best shortcut": _shortcut(level, s.metric),
-            "keys a query": _whole(s.get("keys_a_query")), "peak MB": quantity(s.get("peak_mb")),
+            "keys a query": _whole(s.get("keys_a_query")), "forward ms": quantity(s.get("forward_ms")),
+            "forward MB": quantity(s.get("forward_mb")),
             "trained at": _whole(s.trained_len),
         })
     table(rows, "arena results")
-    st.caption("Lowest and highest: of the seeds. Chance and shortcut are of the same examples.")
+    st.caption("Lowest and highest: of the seeds. Chance and shortcut are of the same examples. Forward: one pass of "
+               "one sequence, eager, and its memory beyond the weights; not taken beside other jobs.")
 
 
 def _whole(value: float) -> str:

@@ -28,8 +28,8 @@ def judge(
 
     The sequences depend on (seed, length) alone (of a paired task on the seed), so that all models and seeds of a study
     are asked the same.
-    peak_mb: the device's, model included. Raises ValueError where sequences have different numbers of answers. Time is
-    not taken: a batch is asked once, beside other jobs; `lshv2.benchmark` measures it.
+    peak_mb: the device's, model and batch included (`arena.cost` has one sequence's). Raises ValueError where sequences
+    have different numbers of answers.
     """
     model.eval()
     meter = Meter(device)

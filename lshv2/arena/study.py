@@ -169,8 +169,8 @@ def run_job(
     for setting, length in todo:
         judged_with = {_named(job, name): dict(changed) for name, changed in job.settings}
         _configure(model, job.config.model_copy(update=judged_with[setting]))
-        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length), "shared": shared,
-               "command": command}
+        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length, not shared),
+               "shared": shared, "command": command}
         append_jsonl(folder / ARENA, row)
         shown = "-" if row["value"] is None else f"{row['value']:.4f}"
         report(f"{job.task} {job.model} seed {job.seed} {setting} {length}: {task.metric} {shown}")
@@ -208,17 +208,20 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
     }
 
 
-def _judged(job: Job, task: ArenaTask, model: Any, length: int) -> Row:
-    """What was found at one length; a null value where it does not fit into memory, or the task has no such length."""
+def _judged(job: Job, task: ArenaTask, model: Any, length: int, timed: bool) -> Row:
+    """What was found at one length; a null value where it does not fit into memory, or the task has no such length.
+    timed: what a sequence costs too, which beside other jobs would tell nothing."""
     import torch
 
+    from lshv2.arena.cost import cost
     from lshv2.arena.judge import judge
 
     config: ModelConfig = model.config
     device = next(model.parameters()).device
     task.split = "eval"
     try:
-        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device, job.asked)}
+        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device, job.asked),
+                  **(cost(model, task, length, device) if timed else {})}
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         result = {"metric": task.metric, "value": None, "status": "out of memory", "reason": str(error)[:200],
