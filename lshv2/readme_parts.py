@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena_results import NEEDLES, PICTURE, Arena, read_arena
+from lshv2.arena_results import NEEDLES, PICTURE, TASKS, Arena, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
-from lshv2.arena_targets import arena_targets
+from lshv2.arena_targets import PUBLISHED, arena_targets
 from lshv2.arena_views import cost_table, score_table
 from lshv2.benchmark_results import read_benchmark
 from lshv2.operator_results import (
@@ -126,12 +126,18 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     if short:
         return f"{head}\n\n{scores}"
     return "\n\n".join([
-        head, scores,
+        head, scores, *_published(arena),
         *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
         *_shapes(arena), *_costs(arena),
         *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
         *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
     ])
+
+
+def _published(arena: Arena) -> list[str]:
+    """What others reported on these tasks."""
+    told = [f"{TASKS[task]}: {words}" for task, words in PUBLISHED.items() if task in arena.tasks]
+    return [f"Published, by other models and trainings: {'; '.join(told)}."] if told else []
 
 
 def _costs(arena: Arena) -> list[str]:

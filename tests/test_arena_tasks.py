@@ -11,7 +11,9 @@ import pytest
 from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.task import Examples, octave
 from lshv2.arena.tasks.listops import CLOSE, EQUALS, ListOps, read_tsv, upper, value_of
+from lshv2.arena.tasks.text import Text
 from lshv2.data.jsonl import IGNORED
+from lshv2.data.order2 import fit_order2
 from lshv2.errors import UserError
 
 GENERATED = [name for name in task_names() if name != "bytes"]
@@ -44,9 +46,40 @@ def test_every_task_keeps_the_contract(name: str) -> None:
             assert labels.shape in ((20,), answers.shape), group
         chance = task.chance(length)
         assert chance is not None and 0 <= chance < 0.2
-        assert all(0 <= reached < 1 for reached in task.shortcuts(one).values())
+        most = 1 if name == "passkey" else 1 - 1e-9  # the one task that a rule solves, and that says so
+        assert all(0 <= reached <= most for reached in task.shortcuts(one).values())
     with pytest.raises(UserError, match=f"{name}: {task.min_length - 1} tokens are too few"):
         task.draw(np.random.default_rng(0), 1, task.min_length - 1)
+
+
+def test_a_passkey_is_the_first_five_digits_unless_noise_has_some() -> None:
+    examples, task = drawn("passkey", 600), get_task("passkey")
+    rule = "the first 5 digits in a row"
+    assert task.shortcuts(examples) == {rule: 1.0}
+    decoy = examples.input_ids.copy()
+    decoy[1:6, :5] = [7, 7, 7, 7, 8]  # five of twenty have other digits before the needle
+    assert task.shortcuts(Examples(decoy, examples.labels)) == {rule: 0.75}
+    decoy[:, :-6] = 200  # the needles are gone
+    assert task.shortcuts(Examples(decoy, examples.labels)) == {rule: 0.0}
+
+
+def test_text_is_held_against_the_two_bytes_before() -> None:
+    """Counted here symbol by symbol, of the scored bytes alone; the ends of documents are not asked."""
+    task = Text()
+    stream = np.random.default_rng(0).choice(256, 4000, p=np.arange(1, 257) / np.arange(1, 257).sum()).astype("<u2") + 1
+    stream[::97] = 0
+    task.streams = {"train": stream[:2000], "eval": stream[2000:]}
+    task.split = "eval"
+    examples = task.draw(np.random.default_rng(0), 5, 700)
+    model = fit_order2([bytes(int(x) - 1 for x in stream[:2000] if x)])
+    bits = []
+    for row in examples.input_ids:
+        for at in range(700 - 350, 700):
+            if row[at]:
+                first, second = (max(int(x), 1) - 1 for x in row[at - 2 : at])
+                bits.append(-np.log2(model.probability(np.array([first << 16 | second << 8 | int(row[at]) - 1]))[0]))
+    assert any(0 in row[-350:] for row in examples.input_ids), "an end is among what is scored"
+    assert task.shortcuts(examples) == {"the two bytes before": pytest.approx(float(np.mean(bits)))}
 
 
 @pytest.mark.parametrize(("name", "length", "pairs"), [("mqar", 512, 64), ("mqar_dense_pairs", 2048, 32)])

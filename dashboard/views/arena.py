@@ -11,7 +11,7 @@ from ui.style import judged, plain, quantity, show, table
 
 from lshv2.arena_results import BITS, FILE, MODELS, NEEDLES, PICTURE, TASKS, Arena, Summary, find_arenas, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
-from lshv2.arena_targets import arena_targets
+from lshv2.arena_targets import PUBLISHED, arena_targets
 from lshv2.arena_views import Level, grouped, levels, lines, quality_lengths, shown_score, spread, trained_to
 from lshv2.benchmark_results import read_benchmark
 from lshv2.run_state import Entry
@@ -78,6 +78,8 @@ def draw() -> None:
     as_trained = [s for s in of_task if not s.setting]
     st.subheader(plain(TASKS.get(task, task)))
     charts(of_task, as_trained)
+    if task in PUBLISHED:
+        st.caption(plain(f"Published, by other models and trainings: {PUBLISHED[task]}."))
     overview(arena)
     shapes(arena)
     st.subheader("Targets")

@@ -37,6 +37,9 @@ def _ending(ids: np.ndarray, scored: int) -> np.ndarray:
 class Passkey(ArenaTask):
     """Five digits after a marker, in noise of 245 words and the ten digits; right when all five are.
 
+        length 16, the needle 3 1 4 1 5     w w 7 w * 3 1 4 1 5 * 3 1 4 1 5
+                                            . . . . . . . . . . . 3 1 4 1 5
+
     Ids: 0 the marker, 1 … 10 the digits, 11 … 255 the words. Chance 10^-5.
     """
 
@@ -58,6 +61,15 @@ class Passkey(ArenaTask):
 
     def chance(self, length: int) -> float:
         return 10.0**-self.DIGITS
+
+    def shortcuts(self, examples: Examples) -> dict[str, float]:
+        """The first five digits in a row, blind to the marker: noise has them rarely."""
+        before = examples.input_ids[:, : -1 - self.DIGITS]
+        digits = (before >= 1) & (before <= 10)
+        rows = np.lib.stride_tricks.sliding_window_view(digits, self.DIGITS, axis=1).all(-1)
+        at = rows.argmax(1)[:, None] + np.arange(self.DIGITS)
+        right = (np.take_along_axis(before, at, 1) == examples.input_ids[:, -self.DIGITS :]).all(1)
+        return {f"the first {self.DIGITS} digits in a row": float(right.mean())}
 
 
 @register

@@ -13,7 +13,7 @@ A corpus of your own is a subclass with a name and a `source`:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,11 +23,15 @@ from lshv2.errors import UserError
 from lshv2.presets import make_settings
 
 SPLITS = ("train", "eval")
+END = 0  # the mark after a document; bytes are 1 to 256, in the tokenizer's order
 
 
 @register
 class Text(ArenaTask):
     """Windows of the corpus's bytes, documents after each other with an end mark (0) between; everything is scored.
+
+        length 9, a document's end in it     s  +  1  \n  0  d  e  f  _
+                                             .  +  1  \n  0  d  e  f  _        each by the bytes before it
 
     Training windows are of the training documents, evaluated ones of those held out. At every length these end in the
     same places, and the value is of their last 512 bytes (half of a shorter window): what differs is how much stands
@@ -39,6 +43,7 @@ class Text(ArenaTask):
     paired, LAST, LONGEST = True, 512, 131_072
     headline = ("part", "end")
     source: ClassVar[str | None] = None  # None: Python's standard library
+    order2: Any = None  # `lshv2.data.order2.Order2Model`, when it was first asked
 
     def settings(self) -> Settings:
         """What phase 2 is told; the byte vocabulary, and nothing synthetic beside it."""
@@ -76,3 +81,18 @@ class Text(ArenaTask):
         labels[:, 0] = -100
         groups = {"position": octave(places), "part": part}
         return Examples(ids, labels, {name: np.broadcast_to(of, (n, length - 1)) for name, of in groups.items()})
+
+    def shortcuts(self, examples: Examples) -> dict[str, float]:
+        """Bits per byte of what `value` is of, by the two bytes before each: an order-2 model of the training text.
+        End marks, which it does not know, are left out."""
+        from lshv2.data.order2 import fit_order2
+
+        if self.order2 is None:
+            train = self.streams["train"]
+            self.order2 = fit_order2([(train[train != END] - 1).astype(np.uint8).tobytes()])
+        length = examples.input_ids.shape[1]
+        last = examples.input_ids[:, length - min(self.LAST, length // 2) - 2 :]
+        marks = last[:, 2:] == END
+        first, second, third = (np.where(x == END, 0, x - 1) for x in (last[:, :-2], last[:, 1:-1], last[:, 2:]))
+        bits = -np.log2(self.order2.probability((first << 16 | second << 8 | third)[~marks]))
+        return {"the two bytes before": float(bits.mean())}
