@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lshv2.arena_results import ACCURACY, BITS, MODELS, TASKS, Arena, Summary, place
+from lshv2.arena_targets import SEEDS
 from lshv2.arena_views import quality_lengths, quality_lines, quality_twins, spread, trained_to
 
 WITHIN = 0.01  # of the best shape's accuracy
 ABOUT = (  # what readers of the table have to know
     "R: rounds, W: bucket size, cells: in multiples of the task's own; all see a window of 64 too. Advised: within a "
     "point of the best shape where something is to be found, and fewer bits per byte than any such shape with as many "
-    "keys or fewer."
+    "keys or fewer; a lead where a task has fewer than three seeds."
 )
 
 
@@ -33,6 +34,11 @@ class Shape:
     keys: float
     scores: dict[str, Summary]
     advised: bool = False
+
+    @property
+    def seeds(self) -> int:
+        """Of the task that has the fewest."""
+        return min(s.seeds for s in self.scores.values())
 
 
 def shapes(arena: Arena) -> list[Shape]:
@@ -91,17 +97,26 @@ def shape_table(arena: Arena) -> list[list[str]]:
     if not tasks:
         return []
     every = shapes(arena)
-    heads = []
+    heads, usual = [], dict[str, int]()
     for task in tasks:
-        one = next(shape.scores[task] for shape in every if task in shape.scores and shape.model == "lsh")
-        seeds = sorted({shape.scores[task].seeds for shape in every if task in shape.scores})
-        count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-        unit = "bits per byte, " if one.metric == BITS else ""
-        heads.append(f"{TASKS.get(task, task)}: {unit}{one.seq_len:,} tokens, {count} seed{'s' * (count != '1')}")
+        of = [shape.scores[task] for shape in every if task in shape.scores]
+        usual[task] = max({s.seeds for s in of}, key=[s.seeds for s in of].count)
+        unit = "bits per byte, " if of[0].metric == BITS else ""
+        heads.append(f"{TASKS.get(task, task)}: {unit}{of[0].seq_len:,} tokens, {counted(usual[task])}")
     table = [["shape", "advised", "keys a query", *heads]]
     for shape in every:
         name = f"LSH, {shape.label}" if shape.model == "lsh" else shape.label
         keys = f"{shape.keys:,.0f}" if math.isfinite(shape.keys) else "all"
-        cells = [spread(shape.scores[task]) if task in shape.scores else "–" for task in tasks]
-        table.append([name, "yes" if shape.advised else "", keys, *cells])
+        cells = [_cell(shape.scores.get(task), usual[task]) for task in tasks]
+        table.append([name, ("yes" if shape.seeds >= SEEDS else "a lead") if shape.advised else "", keys, *cells])
     return table
+
+
+def _cell(summary: Summary | None, usual: int) -> str:
+    if summary is None:
+        return "–"
+    return spread(summary) + (f", {counted(summary.seeds)}" if summary.seeds != usual else "")
+
+
+def counted(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds != 1)}"

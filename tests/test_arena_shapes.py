@@ -43,15 +43,17 @@ def test_the_table_has_twins_beside_the_shapes(tmp_path: Path) -> None:
     text = shape_rows("bytes", 3, "bits_per_byte", seeds=3)
     text[0]["value"] = 1.26
     cells = shape_table(arena(tmp_path, *shape_rows("mqar", 1), *text))
-    assert cells[0] == ["shape", "advised", "keys a query", "MQAR, 64 pairs: 1,024 tokens, 1 to 2 seeds",
-                        "bytes of real text: bits per byte, 1,024 tokens, 1 to 3 seeds"]
+    assert cells[0] == ["shape", "advised", "keys a query", "MQAR, 64 pairs: 1,024 tokens, 2 seeds",
+                        "bytes of real text: bits per byte, 1,024 tokens, 3 seeds"]
     assert [row[::2][:2] for row in cells[1:]] == [
         ["LSH, R 1, W 64, cells x 1", "132"], ["LSH, R 2, W 64, cells x 1", "196"],
         ["LSH, R 4, W 64, cells x 1", "324"], ["LSH, R 4, W 64, cells x 4", "324"],
         ["LSH, R 8, W 32, cells x 1", "324"], ["LSH, R 8, W 64, cells x 1", "580"], ["dense", "all"],
         ["window 128", "132"]]
-    assert cells[1][1:] == ["yes", "132", "100 %", "1.220 (1.200 to 1.260)"]
-    assert cells[7][1:] == ["", "all", "90.0 %", "0.900"]
+    assert cells[1][1:] == ["a lead", "132", "100 %", "1.220 (1.200 to 1.260)"]
+    assert cells[7][1:] == ["", "all", "90.0 %, 1 seed", "0.900, 1 seed"]
+    sure = shape_table(arena(tmp_path / "b", *shape_rows("mqar", 1, seeds=3), *text))
+    assert sure[1][1] == "yes"
 
 
 def test_rounds_that_one_model_was_asked_with_are_no_shapes(tmp_path: Path) -> None:
