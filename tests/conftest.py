@@ -14,6 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 
 import importlib.util
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -68,6 +69,8 @@ def dashboard_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     from dashboard_pages import DASHBOARD
 
     monkeypatch.syspath_prepend(str(DASHBOARD))  # `streamlit run` does the same
+    # streamlit leaves its page as the main module, which a later test's spawned processes would begin with
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
