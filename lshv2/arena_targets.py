@@ -11,7 +11,9 @@ there is not measured, with the reason.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lshv2.arena_results import MODELS, TASKS, Summary, label_place
 from lshv2.arena_views import trained_to
@@ -25,6 +27,7 @@ DEPTHS, SEEDS, SEQUENCES = 10, 3, 50
 LISTOPS = 2001  # tokens: the Long Range Arena's trees, all of them
 DENSE = ("dense", "dense_scaled")
 NEEDLES = ("passkey", "kv_needle", "uuid_needle")
+OTHERS = re.compile(r"(^|, )sequences 1$")  # what a row's `setting` says of `--asked 1`
 ROUNDS = {1: (90, 99), 2: (99, 100), 4: (99.9, 100), 8: (100, 100)}  # duplication: at least, stretch
 PUBLISHED = {  # by others, with models and trainings of their own: for orientation
     "mqar": "dense 100 % to 512 tokens (Arora et al. 2023)",
@@ -37,7 +40,25 @@ Summaries = Sequence[Summary]
 
 
 def arena_targets(summaries: Summaries, benchmark: Benchmark | None) -> list[Target]:
-    """In the order of the list of targets; a target on a family of tasks is judged for each of them."""
+    """In the order of the list of targets; a target on a family of tasks is judged for each of them.
+
+    What other sequences gave (`--asked 1`), which no recipe was chosen by, is told beside it: `detail`.
+    """
+    targets = _targets(summaries, benchmark)
+    others = [replace(s, setting=OTHERS.sub("", s.setting)) for s in summaries if OTHERS.search(s.setting)]
+    again = _targets(others, None) if others else targets
+    pairs = zip(targets, again, strict=True)
+    return [target if other is target else _with(target, other) for target, other in pairs]
+
+
+def _with(target: Target, other: Target) -> Target:
+    if math.isnan(other.value):
+        return target
+    unit = f" {other.unit}".rstrip()
+    return replace(target, detail=f"{target.detail}; by other sequences {other.value:.4g}{unit}: {other.detail}")
+
+
+def _targets(summaries: Summaries, benchmark: Benchmark | None) -> list[Target]:
     plain = [s for s in summaries if not s.setting]
     found = [_against_dense(plain, task) for task in ("mqar", "mqar_dense_pairs")]
     found += [_reached(plain, task, LONGEST, 95, 99, f"trained to 2,048 at most, at {LONGEST:,}", longest_trained=2048)

@@ -182,6 +182,22 @@ def test_needles_that_were_not_measured_everywhere_are_not_met(tmp_path: Path) -
         assert verdict(target) == "not measured" and why in target.detail, folder
 
 
+def test_what_other_sequences_gave_is_told_and_judges_nothing(tmp_path: Path) -> None:
+    name = "induction heads, trained at 256, at 131,072"
+    rounds = "duplication, 1,024 tokens, 4 rounds trained, 8 evaluated"
+    rows = seeds(row("induction", LONG, 1.0, trained_len=256), row("duplication", 1024, 1.0, rounds=4),
+                 row("duplication", 1024, 1.0, rounds=4, setting="rounds=8"))
+    others = seeds(row("induction", LONG, 0.5, trained_len=256, setting="sequences 1"),
+                   row("duplication", 1024, 0.75, rounds=8, setting="rounds=8, sequences 1"))
+    found = judged(tmp_path / "a", *rows, *others)
+    assert verdict(found[name]) == verdict(found[rounds]) == "met, stretch too"
+    assert found[name].detail == "3 seeds, the lowest 100 %; by other sequences 50 %: 3 seeds, the lowest 50 %"
+    assert found[rounds].detail.endswith("; by other sequences 75 %: 3 seeds, the lowest 75 %")
+    assert "other sequences" not in found["ListOps"].detail, "there are none of it"
+    alone = judged(tmp_path / "b", *others)
+    assert verdict(alone[name]) == "not measured" and "by other sequences 50 %" in alone[name].detail
+
+
 def test_duplication_goes_by_the_rounds_of_the_evaluation(tmp_path: Path) -> None:
     rows = [row("duplication", 1024, 0.9995, rounds=4), row("duplication", 1024, 0.91, setting="rounds=1", rounds=1),
             row("duplication", 1024, 0.98, setting="rounds=2", rounds=2)]
