@@ -239,4 +239,8 @@ def _fit(benchmark: Benchmark | None, measure: str) -> tuple[Fit | None, str]:
     if part is not None:  # the other reading of the same points: what does not grow stands beside what does
         interval = f" ({part.low:.3f} to {part.high:.3f})" if math.isfinite(part.low) else ""
         said += f"; with a fixed part {part.exponent:.3f}{interval}"
-    return fit, f"{said}; the last doubling {fit.last_doubling:.2f} times"
+    said += f"; the last doubling {fit.last_doubling:.2f} times"
+    full = benchmark.fixed_tokens.fits.get(("lsh", measure)) if benchmark.fixed_tokens else None
+    if full is not None:  # where short lengths too fill the machine, no launch flatters
+        said += f"; with as many tokens at every length {full.exponent:.3f} ({full.low:.3f} to {full.high:.3f})"
+    return fit, said

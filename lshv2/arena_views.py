@@ -159,7 +159,8 @@ def cost_table(arena: Arena) -> list[list[str]]:
     at which LSH was timed; [] where nothing was."""
     table = [["task", "tokens", "model", "keys a query", "ms", "MB beyond the weights"]]
     for task in arena.tasks:
-        timed = [s for s in trained_to(arena.of(task)) if math.isfinite(s.get("forward_ms"))]
+        timed = [s for s in trained_to(arena.of(task, None)) if math.isfinite(s.get("forward_ms"))
+                 and s.setting in ("", "sequences 1")]  # whatever it was asked, as trained
         longest = max((s.seq_len for s in timed if s.model == "lsh"), default=0)
         here = [line[0] for line in lines([s for s in timed if s.seq_len == longest]).values()]
         for n, s in enumerate(here):

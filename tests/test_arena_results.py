@@ -238,10 +238,13 @@ def test_what_a_sequence_costs_is_a_table_where_it_was_timed(tmp_path: Path) -> 
 
     timed = [row("lsh", 2.0, keys_a_query=68, forward_mb=7.5), row("lsh", 4.0, 1, keys_a_query=68, forward_mb=8.5),
              row("dense", 9.0), row("window", None), row("lsh", 1.0, seq_len=1024), row("dense", 99.0, seq_len=8192)]
+    timed += [row("dense_scaled", 8.0, setting="sequences 1"), row("window", 5.0, setting="rounds=1"),
+              row("lsh", 50.0, setting="sequences 1")]
     made = write_arena(tmp_path, timed)
     content, _ = read_arena(made)
     assert content and cost_table(content)[1:] == [["MQAR, 64 pairs", "4,096", "LSH", "68", "3", "8"],
-                                                   ["", "", "dense", "all", "9", "not measured"]]
+                                                   ["", "", "dense", "all", "9", "not measured"],
+                                                   ["", "", "dense, scaled by log n", "all", "8", "not measured"]]
     assert "| MQAR, 64 pairs | 4,096 | LSH | 68 | 3 | 8 |" in str(readme.arena_part(made, "x"))
     assert cost_table(arena(tmp_path / "b", ROW)) == [] and "costs" not in str(readme.arena_part(tmp_path / "b", "x"))
 

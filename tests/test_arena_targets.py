@@ -226,6 +226,10 @@ def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, fi
     assert verdict(wider[names[0]]) == ("missed" if said[0] == "met" else said[0]), "of two intervals the larger end"
     part = {("lsh", "train_latency"): Scaling("", {}, FixedPart(1.3, 1.2, 1.4, 9.0, 1.0, 0.0, 4), ())}
     measured = Benchmark(device, "bfloat16", "done", (), fits, part)
-    told = judged(tmp_path / "c", row("mqar", 1024, 0.9), benchmark=measured)[names[0]].detail
+    full = replace(measured, fits={("lsh", "train_latency"): Fit(1.02, 1.0, 1.04, 4, 1.0, 1, 2, 2.0)}, scaling={})
+    said_of = {folder: judged(tmp_path / folder, row("mqar", 1024, 0.9), benchmark=each)[names[0]].detail
+               for folder, each in (("c", measured), ("d", replace(measured, fixed_tokens=full)))}
     beside = "; with a fixed part 1.300 (1.200 to 1.400); the last doubling 2.00 times"
-    assert (beside in told) == (said[0] == "met"), "the other reading of the same points stands beside it"
+    whole = f"{beside}; with as many tokens at every length 1.020 (1.000 to 1.040)"
+    assert ([beside in said_of["c"], whole in said_of["d"]] == [True] * 2) == (said[0] == "met"), "the other readings"
+    assert "as many tokens" not in said_of["c"]
