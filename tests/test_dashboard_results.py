@@ -97,6 +97,7 @@ def test_every_task_of_the_arena_draws_what_it_has(shown_runs: Path, task: str, 
             (10, ["1k", "4k", "16k", "128k"])] * 3, "a map a model, with an empty column where there was no memory"
     if task == "variable_tracking":
         assert drawn(app)[1]["data"][0]["mode"] == "lines+markers", "hops have an order"
+        assert drawn(app)[1]["layout"]["showlegend"], "of a single line too"
     if task == "bytes":
         assert drawn(app)[0]["layout"]["yaxis"]["range"][1] < 3, "chance does not press the curves flat"
 

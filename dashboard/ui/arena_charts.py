@@ -137,6 +137,7 @@ def group_chart(here: list[Summary], name: str) -> go.Figure:
     chance = levels(here)[0].chance
     if metric == ACCURACY and math.isfinite(chance):
         chart.add_hline(chance, line=dict(color=GREY, width=1.8, dash="dot"))
+    chart.update_layout(showlegend=True)  # a single line too says whose it is
     chart.update_xaxes(type="category", categoryorder="array", categoryarray=group_labels(shown.values(), name))
     _scale(chart, metric)
     return chart
