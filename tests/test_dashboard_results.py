@@ -19,6 +19,8 @@ def test_the_operator_is_shown_with_its_targets_and_reasons(shown_runs: Path) ->
     path = shown_runs / "reference-cpu" / "attention" / "attention.json"
     content = json.loads(path.read_text())
     lsh, dense = (content["rows"][0]["contenders"][name]["both_ms"] for name in ("lsh", "sdpa"))
+    for target in content["targets"]:  # a busy machine may have measured a crossover
+        target |= {"value": None, "met": None, "stretch_met": None}
     content["targets"][1] |= {"value": 2.5, "met": True, "stretch_met": False}
     content["targets"][2] |= {"value": 3.0, "met": False, "stretch_met": False}
     path.write_text(json.dumps(content))
