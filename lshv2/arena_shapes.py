@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lshv2.arena_results import ACCURACY, BITS, MODELS, TASKS, Arena, Summary, place
 from lshv2.arena_targets import SEEDS
-from lshv2.arena_views import quality_lengths, quality_lines, quality_twins, spread, trained_to
+from lshv2.arena_views import counted, quality_lengths, quality_lines, quality_twins, spread, trained_to
 
 WITHIN = 0.01  # of the best shape's accuracy
 ABOUT = (  # what readers of the table have to know
@@ -54,7 +54,7 @@ def shapes(arena: Arena) -> list[Shape]:
     every = [Shape(label, model, _keys(scores), scores) for (model, label), scores in found.items()]
     advised = {shape.label for shape in _advised([shape for shape in every if shape.model == "lsh"])}
     order = sorted(every, key=lambda shape: (place(MODELS, shape.model), shape.keys, shape.label))
-    return [Shape(s.label, s.model, s.keys, s.scores, s.label in advised) for s in order]
+    return [replace(shape, advised=shape.label in advised) for shape in order]
 
 
 def _keys(scores: dict[str, Summary]) -> float:
@@ -117,6 +117,3 @@ def _cell(summary: Summary | None, usual: int) -> str:
         return "–"
     return spread(summary) + (f", {counted(summary.seeds)}" if summary.seeds != usual else "")
 
-
-def counted(seeds: int) -> str:
-    return f"{seeds} seed{'s' * (seeds != 1)}"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lshv2.arena_results import MODELS, TASKS, Summary, label_place
-from lshv2.arena_views import trained_to
+from lshv2.arena_views import counted, trained_to
 from lshv2.benchmark_results import Benchmark, Fit
 from lshv2.operator_results import Target
 from lshv2.tolerant import NAN
@@ -46,12 +46,11 @@ def arena_targets(summaries: Summaries, benchmark: Benchmark | None) -> list[Tar
     """
     targets = _targets(summaries, benchmark)
     others = [replace(s, setting=OTHERS.sub("", s.setting)) for s in summaries if OTHERS.search(s.setting)]
-    again = _targets(others, None) if others else targets
-    pairs = zip(targets, again, strict=True)
-    return [target if other is target else _with(target, other) for target, other in pairs]
+    return [_with(target, other) for target, other in zip(targets, _targets(others, None), strict=True)]
 
 
 def _with(target: Target, other: Target) -> Target:
+    """The target, and in its detail what the other sequences gave where they were asked."""
     if math.isnan(other.value):
         return target
     unit = f" {other.unit}".rstrip()
@@ -96,7 +95,7 @@ def _percent(value: float) -> float:
 
 
 def _counted(seeds: int) -> str:
-    return f"{seeds} seed{'' if seeds == 1 else 's'}" + ("" if seeds >= SEEDS else f" of {SEEDS} wanted")
+    return counted(seeds) + ("" if seeds >= SEEDS else f" of {SEEDS} wanted")
 
 
 def _seeds(summary: Summary) -> str:

@@ -31,8 +31,8 @@ def lines(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     return found
 
 
-# What is shown by these groups of other trainings and askings too: by hops what the rest fails at, by ponder step the
-# one model that has such.
+# Groups that other trainings and askings are shown by too: controls tell why long chains fail, and only a model that
+# ponders has ponder steps.
 BY_SETTING = ("hops", "ponder_step")
 
 
@@ -121,6 +121,10 @@ def shown_score(value: float, metric: str) -> str:
         return f"{math.floor(round(100 * percent, 6)) / 100:.2f} %"
     digits = "2g" if percent < 1 else "0f" if percent == 100 else "1f"
     return f"{percent:.{digits}} %"
+
+
+def counted(seeds: int) -> str:
+    return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def spread(summary: Summary) -> str:

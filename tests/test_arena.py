@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from lshv2 import graphs
 from lshv2.arena import learn
+from lshv2.arena.cost import cost
 from lshv2.arena.judge import _batches, judge
 from lshv2.arena.recipes import ATTENTIONS, LONGEST, RECIPES, recipe
 from lshv2.arena.registry import get_task, task_names
@@ -149,6 +151,21 @@ def test_a_model_learns_to_look_back(tmp_path: Path) -> None:
             cells, (table for block in model.blocks for table in block.attention.tables), strict=True)]
         assert moved == [True, True] * (attention == "lsh"), "cells follow the keys"
     assert reached["lsh"] > 0.9 and reached["window"] < 0.5, reached
+
+
+def test_a_sequence_is_timed_by_passes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm-up that does not count, then samples in milliseconds, of one sequence without gradients."""
+    model, task, passes = model_for(get_task("induction")), get_task("induction"), list[tuple[Any, ...]]()
+
+    def slow(ids: torch.Tensor, labels: torch.Tensor) -> None:
+        passes.append((tuple(ids.shape), labels.shape == ids.shape, torch.is_grad_enabled(), model.training))
+        time.sleep(0.5 if len(passes) == 1 else 0.02)
+
+    model.train()
+    monkeypatch.setattr(model, "forward", slow)
+    found = cost(model, task, 200, CPU)
+    assert set(passes) == {((1, 200), True, False, False)} and 1 + 3 <= len(passes) <= 1 + 9
+    assert 19 < found["forward_ms_p20"] <= found["forward_ms"] <= found["forward_ms_p80"] < 150, "without the warm-up"
 
 
 class Spy(TwoBits):

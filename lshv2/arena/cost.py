@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from lshv2.arena.learn import JUDGING, autocast, generator, to_device
+from lshv2.arena.judge import asked
+from lshv2.arena.learn import autocast, to_device
 from lshv2.arena.task import ArenaTask
 from lshv2.benchmark.meter import Meter
 from lshv2.benchmark.worker import FASTEST
@@ -34,7 +35,7 @@ def cost(model: LSHModel, task: ArenaTask, length: int, device: torch.device) ->
     dense attention gets the fastest of torch's backends that takes it.
     """
     model.eval()
-    examples = task.draw(generator(0, JUDGING, 0 if task.paired else length), 1, length)
+    examples = asked(task, length, 1)
     ids, labels = (to_device(x, device) for x in (examples.input_ids, examples.labels))
     dense = model.config.attention == "dense" and device.type == "cuda"
 

@@ -62,11 +62,16 @@ def judge(
     }
 
 
+def asked(task: ArenaTask, length: int, sequences: int, seed: int = 0) -> Examples:
+    """What is judged at a length: of a paired task the same stream at every length."""
+    return task.draw(generator(seed, JUDGING, 0 if task.paired else length), sequences, length)
+
+
 def _batches(task: ArenaTask, length: int, sequences: int, seed: int) -> Iterator[Examples]:
     """`sequences` of them, some at a time; depths and the like come in whole turns of ten where they fit."""
     size = max(1, TOKENS // length)
     size = size // 10 * 10 or size
-    everything = task.draw(generator(seed, JUDGING, 0 if task.paired else length), sequences, length)
+    everything = asked(task, length, sequences, seed)
     for at in range(0, sequences, size):
         part = slice(at, at + size)
         yield Examples(everything.input_ids[part], everything.labels[part],
