@@ -137,11 +137,11 @@ def test_weights_that_were_judged_are_those_that_lie_there(tmp_path: Path) -> No
 
 def test_duplication_is_asked_with_other_probes(tmp_path: Path) -> None:
     lsh, dense = small_plan("duplication", attentions=("lsh", "dense"))
-    assert [name for name, _ in lsh.settings] == ["", "rounds=1", "rounds=2", "rounds=8"]
+    assert [name for name, _ in lsh.settings] == ["", "rounds=1", "rounds=2", "rounds=8", "attention=dense"]
     assert [name for name, _ in dense.settings] == [""]
     run_job(replace(lsh, lengths=(64,)), tmp_path)
     rounds = {row["setting"]: row["rounds"] for row in rows_of(tmp_path).values()}
-    assert rounds == {"": 4, "rounds=1": 1, "rounds=2": 2, "rounds=8": 8}
+    assert rounds == {"": 4, "rounds=1": 1, "rounds=2": 2, "rounds=8": 8, "attention=dense": 4}
 
 
 def test_tracking_is_asked_with_everything_to_see_too(tmp_path: Path) -> None:
@@ -149,7 +149,8 @@ def test_tracking_is_asked_with_everything_to_see_too(tmp_path: Path) -> None:
     run_job(job, tmp_path)
     rows = {(row["setting"], row["seq_len"]): row for row in rows_of(tmp_path).values()}
     assert {which: row["keys_a_query"] is None for which, row in rows.items()} == {
-        ("", 64): False, ("", 200): False, ("attention=dense", 64): True, ("attention=dense", 200): True}
+        (name, n): bool(name) for n in (64, 200)
+        for name in ("", "attention=dense")}
     assert {row["model"] for row in rows.values()} == {"lsh"} and len({row["trained_as"] for row in rows.values()}) == 1
 
 

@@ -101,7 +101,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # What LSH is judged with too, beside what it was trained with: what finding costs, and what it misses.
 ASKED_WITH: dict[str, tuple[dict[str, Any], ...]] = {
-    "duplication": ({"n_rounds": 1}, {"n_rounds": 2}, {"n_rounds": 8}), "variable_tracking": ({"attention": "dense"},),
+    "duplication": ({"n_rounds": 1}, {"n_rounds": 2}, {"n_rounds": 8}, {"attention": "dense"}),
+    "variable_tracking": ({"attention": "dense"},),
 }
 
 # Laptop sizes: what `make quick` and the tests have time for.
