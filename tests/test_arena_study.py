@@ -144,6 +144,18 @@ def test_duplication_is_asked_with_other_probes(tmp_path: Path) -> None:
     assert rounds == {"": 4, "rounds=1": 1, "rounds=2": 2, "rounds=8": 8, "attention=dense": 4}
 
 
+def test_what_lsh_alone_reads_trains_no_twin_anew() -> None:
+    """Nor the quality curve's points, which have shapes of their own; laptop recipes have nothing of it."""
+    own = plan(["mqar"], seeds=(0,))
+    without = plan(["mqar"], seeds=(0,), changes={"lsh": {}})
+    assert {job.model: job.trained_as == bare.trained_as for job, bare in zip(own, without, strict=True)} == {
+        "lsh": False, "dense": True, "dense_scaled": True, "window": True}
+    assert own[0].config.n_buckets == 16_384 and without[0].config.n_buckets == own[1].config.n_buckets == 4096
+    point = next(job for job in sweep_jobs(("mqar",), (0,)) if job.label == "R 4, W 64, cells x 1")
+    assert point.config.n_buckets == 4096 and not point.recipe.lsh
+    assert small_plan("mqar", attentions=("lsh",))[0].config.n_buckets == 64
+
+
 def test_tracking_is_asked_with_everything_to_see_too(tmp_path: Path) -> None:
     job, = small_plan("variable_tracking", attentions=("lsh",), variants=False)
     run_job(job, tmp_path)

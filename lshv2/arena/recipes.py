@@ -25,7 +25,9 @@ BASE: dict[str, Any] = {
 @dataclass(frozen=True)
 class Recipe:
     """lengths: trained ones; steps, tokens a step; settings: what the model has of its own; judged: lengths to judge
-    (None: LENGTHS); sequences: how many at each."""
+    (None: LENGTHS); sequences: how many at each; lsh: settings that LSH alone reads, and its twins' rows do not hang
+    on.
+    """
 
     lengths: tuple[int, ...]
     steps: int = 2000
@@ -34,10 +36,11 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
     judged: tuple[int, ...] | None = None
     sequences: int = 60
+    lsh: dict[str, Any] = field(default_factory=dict)
 
     def model(self, vocab_size: int, attention: Attention, longest: int) -> ModelConfig:
         """A model's shape; longest: the longest sequence it will see."""
-        shape = {**BASE, **self.settings}
+        shape = {**BASE, **self.settings, **self.lsh}
         shape.setdefault("weight_tied_layers", shape["n_layers"])
         kind: dict[str, Any] = {"attention": attention}
         if attention == "dense_scaled":
@@ -46,10 +49,13 @@ class Recipe:
 
     def twin(self, attention: Attention) -> Recipe:
         """The recipe of a twin: a window sees as many keys as LSH may, all of them the most recent."""
-        if attention != "window":
+        if attention == "lsh":
             return self
+        if attention != "window":
+            return replace(self, lsh={})
         shape = {**BASE, **self.settings}
-        return replace(self, settings={**shape, "window": shape["window"] + shape["n_rounds"] * shape["bucket_size"]})
+        window = shape["window"] + shape["n_rounds"] * shape["bucket_size"]
+        return replace(self, settings={**shape, "window": window}, lsh={})
 
 
 SHORT = (32, 64, 128, 256, 512, 1024, 2048)  # in the shortest the window alone shows what is asked: where it begins
@@ -58,6 +64,7 @@ FARTHEST = (*WHOLE, *(131_072,) * 3)  # what has to be found many times in a row
 CONTENT = {"rotary_heads": 0.0}  # positions beyond the trained lengths mean nothing
 # without a convolution MQAR is learnt sooner; a cell holds 32 keys of 131,072, and W = 64 are visible
 RECALL = {**CONTENT, "short_conv": 0, "n_buckets": 4096}
+FINER = {"n_buckets": 16_384}  # on the quality curve four times as many cells find all there is to find
 # 16 cells of 1,024 hold what one of 64 would, and closer; heads look on their own, so eight miss less than four
 SEARCH = {**CONTENT, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "n_rounds": 16, "bucket_size": 256}
 WIDE = {**SEARCH, "d_model": 256}  # heads of 32 tell 131,072 keys apart that heads of 16 confuse
@@ -67,8 +74,8 @@ COPIED = (48, *SHORT[1:], 4096, 4096, 4096)
 TREE_LENGTHS = (16, *SHORT[:-1], *(2001,) * 8)  # what counts is how many whole trees were seen
 TREES = {"d_model": 256, "n_layers": 6, "d_ff": 512, "n_rounds": 8, "bucket_size": 128, "window": 256}
 RECIPES: dict[str, Recipe] = {
-    "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL),
-    "mqar_dense_pairs": Recipe(SHORT, 4000, 16_384, settings=RECALL),
+    "mqar": Recipe(SHORT, 4000, 16_384, settings=RECALL, lsh=FINER),
+    "mqar_dense_pairs": Recipe(SHORT, 4000, 16_384, settings=RECALL, lsh=FINER),
     "duplication": Recipe(SHORT[:-1], 10_000, settings={**TWICE, "short_conv": 5}, judged=(1024,), sequences=100),
     "induction": Recipe((64, 128, 256), 2000, settings={**CONTENT, "short_conv": 0}),
     "selective_copying": Recipe(COPIED, 8000, settings=COPY, sequences=200),
@@ -116,4 +123,5 @@ def recipe(task: str, small: bool = False) -> Recipe:
     full = RECIPES.get(task, DEFAULT)
     if not small:
         return full
-    return replace(full, lengths=(64,), steps=250, tokens=2048, learning_rate=6e-3, settings=SMALL, sequences=32)
+    quick = replace(full, lengths=(64,), steps=250, tokens=2048, learning_rate=6e-3, sequences=32)
+    return replace(quick, settings=SMALL, lsh={})

@@ -75,7 +75,8 @@ class Job:
         config = self.config.model_dump(exclude={"max_seq_len"})
         config |= {} if self.config.use_ponder else UNUSED
         config = {name: value for name, value in config.items() if (name, value) not in LATER.items()}
-        of = {name: value for name, value in asdict(self.recipe).items() if name not in ("judged", "sequences")}
+        of = {name: value for name, value in asdict(self.recipe).items()
+              if name not in ("judged", "sequences") and (name != "lsh" or value)}
         return hashlib.sha256(json.dumps([name, seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -62,10 +62,11 @@ def job_of(
     label = point.label or (LIGHTER_DENSE if lighter else "")
     changed = {**lighter, **(changes or {})}
     job, = plan([task], (point.attention,), (seed,), lengths, small, changes=changed, variants=False)
-    own = recipe(task, small).model(get_task(task).vocab_size, "lsh", 1)
+    own = replace(recipe(task, small), lsh={}).model(get_task(task).vocab_size, "lsh", 1)
     shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
              "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}
-    how = replace(job.recipe, settings={**job.recipe.settings, **shape} if point.label else job.recipe.settings)
+    settings = {**job.recipe.settings, **(shape if point.label else {})}
+    how = replace(job.recipe, settings=settings, lsh={})
     return replace(job, recipe=how, settings=(("", ()),), label=label)
 
 
