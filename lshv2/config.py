@@ -58,6 +58,10 @@ class ModelConfig(Section):
         "a query sees, so that it looks as sharply beyond the lengths it was trained at"
     )
     hashing: Literal["codebooks", "cross_polytope", "inverted_file"] = "inverted_file"
+    centroids: Literal["unit", "mean"] = Field(
+        "unit", description="of an inverted file: queries look for the cells whose mean key, or whose direction alone, "
+        "they point along most"
+    )
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
     short_conv: NonNegativeInt = Field(
         0, description="earlier tokens that attention's input is mixed with, channel by channel; 0: none"

@@ -15,6 +15,8 @@ most, a query looks in the R cells that it points along most (multi-probe: Lv et
     best_cells(x [B,H,T,D], table [K,1,C,D], n) -> int32 [B,H,n,T]       (n = 1 for keys)
 
 Cells are disjoint, so attention finds no key twice, sorts keys once, and is faster for it; centroids follow keys alone.
+A centroid is the mean of its cell's keys: keys choose by its direction, queries by its product, length and all, or they
+would look first where many short keys lie that have nothing for anyone.
 Queries and keys are hashed separately, by functions of one token's vector and stored state and nothing else: that is
 what keeps attention strictly causal.
 
@@ -180,6 +182,26 @@ def codebook_sums(x: Tensor, ids: Tensor, tables: list[Tensor]) -> list[Tensor]:
         caught = where == torch.arange(size, device=x.device)[:, None]  # [K,R,C,M]: a product with it is deterministic
         sums.append(caught.to(unit.dtype) @ unit)  # and, on a CPU, several times faster than index_add
     return sums[::-1]
+
+
+@torch.no_grad()
+def cell_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sum [K,1,C,D] and number [K,1,C] of the vectors that each of C = size cells caught, for `update_cells`.
+
+    x [B,K,T,D], ids int [B,K,1,T] from `best_cells`.
+    """
+    n_kv, dim = x.shape[1], x.shape[3]
+    where = ids[:, :, 0].transpose(0, 1).reshape(n_kv, 1, 1, -1).long()
+    caught = (where == torch.arange(size, device=x.device)[:, None]).float()  # [K,1,C,M], as `codebook_sums`
+    return caught @ x.float().transpose(0, 1).reshape(n_kv, 1, -1, dim), caught.sum(-1)
+
+
+@torch.no_grad()
+def update_cells(table: Tensor, total: Tensor, count: Tensor, decay: float) -> None:
+    """Move each centroid [K,1,C,D] that caught anything towards the mean of its catch, in place, length and all."""
+    seen = (count > 0)[..., None]
+    mean = total / count.clamp_min(1)[..., None]
+    table.copy_(torch.where(seen, decay * table + (1 - decay) * mean.to(table.dtype), table))
 
 
 @torch.no_grad()

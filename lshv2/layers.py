@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import normalize, pad, rms_norm, scaled_dot_product_attention
 from torch.nn.utils import skip_init
 
 from lshv2.attention import lsh_attention
@@ -17,10 +17,12 @@ from lshv2.hashing import (
     MOST_CELLS,
     best_cells,
     bucket_ids,
+    cell_sums,
     cell_table,
     codebook_sums,
     codebook_tables,
     cross_polytope_tables,
+    update_cells,
     update_codebooks,
 )
 from lshv2.parallel.share import Share
@@ -80,6 +82,7 @@ class Attention(nn.Module):
             self.register_buffer("key_mean", torch.zeros(config.n_kv_heads, 1, dim))
             self.register_buffer("key_sum", torch.zeros(config.n_kv_heads, 1, dim), persistent=False)
             self.register_buffer("key_count", torch.zeros(()), persistent=False)
+            self.register_buffer("caught", torch.zeros(tables[0].shape[:3]), persistent=False)
 
     def _draw_tables(self, generator: torch.Generator) -> list[Tensor]:
         config = self.config
@@ -101,7 +104,7 @@ class Attention(nn.Module):
     @property
     def notes(self) -> list[Tensor]:
         """What the last forwards noted for `update_hash`."""
-        rest = ["key_sum", "key_count"] if self.n_tables and self.config.hashing == "inverted_file" else []
+        rest = ["key_sum", "key_count", "caught"] if self.n_tables and self.config.hashing == "inverted_file" else []
         return [*self.sums, *(self.get_buffer(name) for name in rest)]
 
     def project(
@@ -150,7 +153,8 @@ class Attention(nn.Module):
         table, mean = self.tables[0], self.get_buffer("key_mean")
         centred = k.detach() - mean.to(k.dtype)
         n = min(self.config.n_rounds, table.shape[2], MOST_CELLS)
-        q_ids, k_ids = best_cells(q, table, n), best_cells(centred, table, 1)
+        means = self.config.centroids == "mean"
+        q_ids, k_ids = best_cells(q, table, n), best_cells(centred, normalize(table, dim=-1) if means else table, 1)
         if self.training:
             self._note(centred, k_ids)
             self.get_buffer("key_sum").add_(k.detach().float().mean((0, 2))[:, None])
@@ -163,8 +167,13 @@ class Attention(nn.Module):
         # odd, so that it cannot fall in step with text laid out in pairs and miss every second position
         stride = x.shape[0] * x.shape[2] * world // CODEBOOK_TOKENS | 1
         part = self.share.every(stride, x.shape[2]) if self.share else slice(None, None, stride)
-        caught = codebook_sums(x.detach()[:, :, part], ids[..., part], self.tables)
-        for total, more in zip(self.sums, caught, strict=True):
+        x, ids = x.detach()[:, :, part], ids[..., part]
+        if self.config.hashing == "inverted_file" and self.config.centroids == "mean":
+            total, count = cell_sums(x, ids, self.tables[0].shape[2])
+            self.sums[0].add_(total)
+            self.get_buffer("caught").add_(count)
+            return
+        for total, more in zip(self.sums, codebook_sums(x, ids, self.tables), strict=True):
             total += more
 
     @torch.no_grad()
@@ -172,7 +181,12 @@ class Attention(nn.Module):
         """Move the codebooks by what the last step's tokens were; call after the optimizer step."""
         if not self.n_tables or self.config.hashing == "cross_polytope":
             return
-        update_codebooks(self.tables, self.sums, self.config.codebook_decay)
+        if self.config.hashing == "inverted_file" and self.config.centroids == "mean":
+            caught = self.get_buffer("caught")
+            update_cells(self.tables[0], self.sums[0], caught, self.config.codebook_decay)
+            caught.zero_()
+        else:
+            update_codebooks(self.tables, self.sums, self.config.codebook_decay)
         for total in self.sums:
             total.zero_()
         if self.config.hashing == "inverted_file":

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from lshv2.hashing import (
     best_cells,
     bucket_ids,
+    cell_sums,
     cell_table,
     codebook_sums,
     codebook_tables,
@@ -17,6 +18,7 @@ from lshv2.hashing import (
     has_triton,
     parts_for,
     slots,
+    update_cells,
     update_codebooks,
 )
 
@@ -107,6 +109,24 @@ def test_centroids_that_caught_nothing_stay() -> None:
     old = [t.clone() for t in tables]
     update_codebooks(tables, [torch.zeros_like(t) for t in tables], decay=0.5)
     assert all(torch.equal(a, b) for a, b in zip(tables, old, strict=True))
+
+
+def test_cells_move_to_the_mean_of_what_they_caught() -> None:
+    """Against a loop; a cell that caught nothing stays as it is."""
+    x, table = torch.randn(2, 3, 40, 8, generator=generator(1)), cell_table(3, 16, 8, generator())
+    ids = torch.randint(0, 12, (2, 3, 1, 40), generator=generator(2))
+    total, count = cell_sums(x, ids, 16)
+    before = table.clone()
+    update_cells(table, total, count, decay=0.75)
+    for head in range(3):
+        for cell in range(16):
+            caught = [x[b, head, t] for b in range(2) for t in range(40) if ids[b, head, 0, t] == cell]
+            assert len(caught) == count[head, 0, cell]
+            want = before[head, 0, cell]
+            if caught:
+                want = 0.75 * want + 0.25 * torch.stack(caught).mean(0)
+            assert torch.allclose(table[head, 0, cell], want, atol=1e-6)
+    assert (count[:, 0, 12:] == 0).all() and torch.equal(table[:, :, 12:], before[:, :, 12:])
 
 
 def test_a_bucket_count_that_is_no_power_of_two_is_refused() -> None:

@@ -356,6 +356,40 @@ def test_an_inverted_file_places_keys_by_what_sets_them_apart() -> None:
 
 
 @torch.no_grad()
+def test_queries_weigh_a_cells_length_and_keys_its_direction() -> None:
+    """A cell of long keys is looked into before one of short keys that points as well; keys lie where they lay."""
+    attention = small(hashing="inverted_file", centroids="mean", n_rounds=1).blocks[0].attention.eval()
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 500, 8, generator=generator) for heads in (4, 2))
+    cells, places = attention.hash(q, k)
+    attention.table0[:, :, 3] *= 4
+    longer, same = attention.hash(q, k)
+    assert torch.equal(places, same) and (longer == 3).float().mean() > 2 * (cells == 3).float().mean()
+    assert (longer == 3)[cells == 3].float().mean() > 0.95, "who looked there still does, unless all cells are behind"
+
+
+@torch.no_grad()
+def test_mean_centroids_become_the_means_of_their_cells_keys() -> None:
+    model, x = small(hashing="inverted_file", centroids="mean", n_layers=2, codebook_decay=0.5), ids()
+    attention = model.blocks[0].attention
+    model.train()
+    for _ in range(100):  # the weights stay: cells and mean settle
+        model(x)
+        model.update_hash()
+    k = attention.project(model.blocks[0].attention_norm(model.embedding(x)))[1] - attention.key_mean
+    places = attention.hash(*attention.project(model.blocks[0].attention_norm(model.embedding(x)))[:2])[1]
+    model.update_hash()
+    full = 0
+    for head in range(k.shape[1]):
+        for cell in range(attention.table0.shape[2]):
+            caught = k[:, head][places[:, head, 0] == cell]
+            if len(caught):
+                full += 1
+                assert torch.allclose(attention.table0[head, 0, cell], caught.mean(0), atol=1e-3)
+    assert full > 4 and not attention.caught.any(), "noted once, spent once"
+
+
+@torch.no_grad()
 def test_a_short_convolution_mixes_earlier_tokens_into_what_attention_reads() -> None:
     """Against a loop over tokens: y_t = x_t + Σ c_i x_{t−i} makes q and v, y_t + μ y_{t−1} makes k."""
     attention = small(short_conv=3).blocks[0].attention.double().eval()

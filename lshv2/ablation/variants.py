@@ -73,6 +73,7 @@ MIXED = {"model.rotary_heads": 0.5}  # the first half of the heads carries no po
 CONTENT_CELLS = {**INVERTED_FILE, "model.rotary_fraction": 0.25}
 FINE = {"model.n_rounds": 8, "model.bucket_size": 32}  # as many keys in smaller pieces
 CONVOLVED = {"model.short_conv": 3}
+MEANS = {"model.centroids": "mean"}
 VARIANTS: dict[str, Variant] = {
     "codebooks_half": Variant(),
     "dense_full": _dense(1.0),
@@ -97,6 +98,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "inverted_file_r8_mix_full_conv": Variant(
         {**INVERTED_FILE, **FINE, **MIXED, **CONVOLVED, "model.rotary_fraction": 1.0}, only="language"
+    ),
+    # queries look for the mean key of a cell, not for its direction alone
+    "inverted_file_mix_full_means": Variant({**INVERTED_FILE, **MIXED, **MEANS, "model.rotary_fraction": 1.0}),
+    "inverted_file_r8_mix_full_means": Variant(
+        {**INVERTED_FILE, **FINE, **MIXED, **MEANS, "model.rotary_fraction": 1.0}, only="language"
     ),
     "inverted_file_r8_mix_quarter": Variant({**CONTENT_CELLS, **FINE, **MIXED}, only="language"),
     # what the full-size model sees: 512 and 1,024 found keys

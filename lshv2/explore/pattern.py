@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lshv2.errors import UserError
 from lshv2.hashing import best_cells, bucket_ids, cell_table, codebook_tables, cross_polytope_tables
@@ -57,7 +58,7 @@ def round_ids(attention: Attention, hashing: str, tables: list[Tensor], kv: int,
     n = min(MAX_ROUNDS, one[0].shape[2])
     cells = best_cells(q[None, None], one[0], n)
     mean = attention.get_buffer("key_mean")[kv] if attention.config.hashing == "inverted_file" else k.mean(0)
-    places = best_cells((k - mean)[None, None], one[0], 1).expand(-1, -1, MAX_ROUNDS, -1)
+    places = best_cells((k - mean)[None, None], normalize(one[0], dim=-1), 1).expand(-1, -1, MAX_ROUNDS, -1)
     # rounds beyond the last cell look there again and find nothing new
     return [torch.cat([cells, cells[:, :, -1:].expand(-1, -1, MAX_ROUNDS - n, -1)], 2), places]
 
