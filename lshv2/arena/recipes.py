@@ -69,6 +69,7 @@ FINER = {"n_buckets": 16_384}  # on the quality curve four times as many cells f
 SEARCH = {**CONTENT, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "n_rounds": 16, "bucket_size": 256}
 WIDE = {**SEARCH, "d_model": 256}  # heads of 32 tell 131,072 keys apart that heads of 16 confuse
 COPY = {**SEARCH, "n_buckets": 64, "bucket_size": 128, "window": 256}  # blanks fill cells; what counts lies in few
+MEANS = {"centroids": "mean"}  # measured to gain where keys differ in length: tracking, bytes
 TWICE = {**CONTENT, "n_layers": 3, "n_buckets": 16}
 COPIED = (48, *SHORT[1:], 4096, 4096, 4096)
 TREE_LENGTHS = (16, *SHORT[:-1], *(2001,) * 8)  # what counts is how many whole trees were seen
@@ -87,12 +88,12 @@ RECIPES: dict[str, Recipe] = {
     "uuid_needle": Recipe(
         (48, 64, 96, *FARTHEST), 10_000, settings={**WIDE, "n_rounds": 32, "short_conv": 5}, sequences=200
     ),
-    "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}),
+    "variable_tracking": Recipe((24, 48, 96, 192, *WHOLE), 6000, 8192, 2e-3, {**SEARCH, "n_layers": 4}, lsh=MEANS),
     "listops": Recipe(TREE_LENGTHS, 15_000, 16_384, 2e-3, TREES, (2001,), 1000),
     "listops_long": Recipe((*SHORT, 4096), 6000, 16_384, 2e-3, TREES, (4096, 8192, 16_384), 200),
     "bytes": Recipe(
         (16_384,), 2000, 32_768, settings={"d_model": 256, "n_layers": 4, "d_ff": 1024, "window": 256},
-        sequences=64,
+        sequences=64, lsh=MEANS,
     ),
 }
 DEFAULT = Recipe((256, 512, 1024, 2048))  # of a task of one's own
