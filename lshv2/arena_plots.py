@@ -139,13 +139,17 @@ def _draw_lengths(axis: Axes, task: list[Summary], title: str) -> None:
     found = levels(task)
     x = [level.seq_len for level in found]
     chance, shortcut = ([times * getattr(level, key) for level in found] for key in ("chance", "shortcut"))
-    if task[0].metric != BITS:  # 8 bits would press everything else flat
+    if task[0].metric != BITS:
         axis.plot(x, chance, color=REFERENCE, linestyle=":", linewidth=1.4, label="chance")
     if task[0].metric == ACCURACY:
         axis.set_ylim(-3, 103)
-    if any(math.isfinite(value) for value in shortcut):
+    known = [value for value in shortcut if math.isfinite(value)]
+    if known:
         names = {level.name for level in found if level.name}
         words = names.pop() if len(names) == 1 else "best shortcut"
+        if task[0].metric == BITS:  # what knows next to nothing would press the models flat: said, not drawn to scale
+            words += ": " + " to ".join(dict.fromkeys(shown_score(end(known), BITS) for end in (min, max)))
+            axis.set_ylim(*axis.get_ylim())
         axis.plot(x, shortcut, color=SHORTCUT, linestyle=":", linewidth=1.6, label=words)
     trained = sorted({int(s.trained_len) for s in task if s.trained_len > 0})
     for length in trained:

@@ -172,6 +172,14 @@ def test_the_quality_curve_is_compared_with_the_twins_of_its_own_training(tmp_pa
     assert {s.model: s.mean for line in twins.values() for s in line} == {"dense": 0.9, "window": 0.1}
 
 
+def test_a_shortcut_far_above_the_models_bits_is_said_and_does_not_press_them_flat(tmp_path: Path) -> None:
+    text = {**ROW, "task": "bytes", "metric": "bits_per_byte", "shortcuts": {"two bytes": 3.0}}
+    drawn = arena(tmp_path, *({**text, "model": model, "seq_len": n, "value": value + n / 1e5}
+                              for model, value in (("lsh", 1.1), ("dense", 1.2)) for n in (1024, 4096)))
+    axis = draw_arena(drawn).axes[0]
+    assert axis.get_ylim()[1] < 1.3 and "two bytes: 3.000" in axis.get_legend_handles_labels()[1]
+
+
 def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     drawn = arena(tmp_path, *arena_rows())
     assert quality_lengths(drawn.of("mqar", None)) == [1024] and quality_lengths(drawn.of("passkey", None)) == []

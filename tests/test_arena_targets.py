@@ -211,6 +211,7 @@ def test_duplication_goes_by_the_rounds_of_the_evaluation(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("device, first, last, said", [
     (H200, 16_384, LONG, ("met", "missed")), ("cpu (a CPU)", 16_384, LONG, ("not measured",) * 2),
+    ("cuda (NVIDIA H100 80GB HBM3)", 16_384, LONG, ("met", "missed")),
     (H200, 1024, LONG, ("not measured",) * 2), (H200, 16_384, 65_536, ("not measured",) * 2),
 ])
 def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, first: int, last: int,
@@ -226,10 +227,29 @@ def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, fi
     assert verdict(wider[names[0]]) == ("missed" if said[0] == "met" else said[0]), "of two intervals the larger end"
     part = {("lsh", "train_latency"): Scaling("", {}, FixedPart(1.3, 1.2, 1.4, 9.0, 1.0, 0.0, 4), ())}
     measured = Benchmark(device, "bfloat16", "done", (), fits, part)
-    full = replace(measured, fits={("lsh", "train_latency"): Fit(1.02, 1.0, 1.04, 4, 1.0, 1, 2, 2.0)}, scaling={})
+    full = replace(measured, fits={("lsh", "train_latency"): Fit(1.02, 1.0, 1.04, 4, 1.0, 16_384, LONG, 2.0)},
+                   scaling={})
     said_of = {folder: judged(tmp_path / folder, row("mqar", 1024, 0.9), benchmark=each)[names[0]].detail
                for folder, each in (("c", measured), ("d", replace(measured, fixed_tokens=full)))}
     beside = "; with a fixed part 1.300 (1.200 to 1.400); the last doubling 2.00 times"
     whole = f"{beside}; with as many tokens at every length 1.020 (1.000 to 1.040)"
     assert ([beside in said_of["c"], whole in said_of["d"]] == [True] * 2) == (said[0] == "met"), "the other readings"
     assert "as many tokens" not in said_of["c"]
+
+
+def test_the_worse_of_both_layouts_is_judged(tmp_path: Path) -> None:
+    def layout(time: float, memory: float, last: int = LONG, tokens: Benchmark | None = None) -> Benchmark:
+        fits = {("lsh", name): Fit(exponent, exponent - 0.02, exponent + 0.02, 4, 1.0, 16_384, last, 2.0)
+                for name, exponent in (("train_latency", time), ("memory", memory))}
+        return Benchmark(H200, "bfloat16", "done", (), fits, fixed_tokens=tokens)
+
+    def found(name: str, benchmark: Benchmark) -> tuple[str, float, str, float]:
+        targets = judged(tmp_path / name, row("mqar", 1024, 0.9), benchmark=benchmark)
+        alpha, beta = (next(t for n, t in targets.items() if sign in n) for sign in "αβ")
+        return verdict(alpha), alpha.value, verdict(beta), beta.value
+
+    hidden = found("a", layout(0.8, 1.0, tokens=layout(1.2, 0.9)))  # launches hide in one sequence what tokens show
+    assert hidden == ("missed", pytest.approx(1.22), "missed", pytest.approx(0.9))
+    assert found("b", layout(1.2, 0.9, tokens=layout(0.8, 1.0))) == hidden
+    short = found("c", layout(0.8, 1.0, tokens=layout(0.8, 1.0, last=65_536)))
+    assert short[::2] == ("not measured",) * 2

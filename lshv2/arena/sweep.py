@@ -22,7 +22,8 @@ from lshv2.arena_results import LIGHTER_DENSE
 
 @dataclass(frozen=True)
 class Point:
-    """One shape of attention. cells: in multiples of the task's own number. Dense attention has no shape."""
+    """One shape of attention. cells: in multiples of what the task's recipe has without its `lsh`. Dense attention has
+    no shape."""
 
     attention: Attention
     rounds: int = 4
