@@ -19,13 +19,19 @@ PONDER = dict(use_ponder=True, n_layers=6, ponder_threshold=0.5)
 
 
 def small(seed: int = 0, **changes: Any) -> LSHModel:
-    """An untrained model in float64 whose tokens halt at different steps, where it ponders."""
+    """An untrained model in float64 whose tokens halt at different steps, where it ponders, and whose cells' means are
+    of different lengths, where they are asked."""
     model = LSHModel(ModelConfig(**{**SMALL, **changes}), seed=seed).eval().double()
     if model.config.use_ponder:
         g = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             model.halt.weight.normal_(0.0, 0.4, generator=g)
             model.step_embedding.normal_(0.0, 0.2, generator=g)
+    if model.config.centroids == "mean":
+        g = torch.Generator().manual_seed(seed)
+        for block in model.blocks:
+            for table in block.attention.tables:
+                table *= torch.rand(table.shape[:-1], generator=g, dtype=table.dtype)[..., None] * 4
     return model
 
 

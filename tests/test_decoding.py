@@ -45,6 +45,7 @@ CONFIGURATIONS = {
     "plain": {},
     "cross_polytope": dict(hashing="cross_polytope"),
     "codebooks": dict(hashing="codebooks"),
+    "mean_centroids": dict(centroids="mean"),
     "fewer_cells_than_rounds": dict(n_buckets=2, n_rounds=4),
     "ponder": PONDER,
     "ponder_cross_polytope": dict(**PONDER, hashing="cross_polytope"),

@@ -16,8 +16,10 @@ from lshv2.errors import UserError
 from lshv2.parallel.layout import Layout, plan
 
 INVERTED = {"hashing": "inverted_file"}
+MEANS = {"hashing": "inverted_file", "centroids": "mean"}
 CODEBOOKS = {"hashing": "codebooks", "checkpoint": True}
 PONDER = {"hashing": "inverted_file", "use_ponder": True, "n_layers": 4, "checkpoint": "block"}
+CASES = {"inverted_file": INVERTED, "means": MEANS, "codebooks": CODEBOOKS, "ponder": PONDER}
 LOSS, NORM, TABLE = 2e-6, 1e-9, 1e-6  # losses and what codebooks catch are summed in float32
 
 
@@ -30,7 +32,7 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def alone(ranks: Ranks) -> dict[str, Any]:
     """What one process computes, by case."""
-    return {str(case): ranks.run(1, "train", **case)[0] for case in (INVERTED, CODEBOOKS, PONDER)}
+    return {str(case): ranks.run(1, "train", **case)[0] for case in CASES.values()}
 
 
 def furthest(a: list[float], b: list[float]) -> float:
@@ -48,7 +50,7 @@ def check(got: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     assert off < TABLE, f"hash tables off by {off:.1e}"
 
 
-@pytest.mark.parametrize("case", [INVERTED, CODEBOOKS, PONDER], ids=["inverted_file", "codebooks", "ponder"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("world", "sequence"), [(2, 1), (2, 2), (4, 2)], ids=["data 2", "sequence 2", "2 x 2"])
 def test_losses_gradients_and_tables_are_those_of_one_process(
     ranks: Ranks, alone: dict[str, Any], case: dict[str, Any], world: int, sequence: int
