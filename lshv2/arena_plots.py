@@ -149,7 +149,8 @@ def _draw_lengths(axis: Axes, task: list[Summary], title: str) -> None:
         words = names.pop() if len(names) == 1 else "best shortcut"
         if task[0].metric == BITS:  # what knows next to nothing would press the models flat: said, not drawn to scale
             words += ": " + " to ".join(dict.fromkeys(shown_score(end(known), BITS) for end in (min, max)))
-            axis.set_ylim(*axis.get_ylim())
+            bottom, top = axis.get_ylim()
+            axis.set_ylim(min(bottom, min(known) - 0.02), top)  # one that beats them stays in sight
         axis.plot(x, shortcut, color=SHORTCUT, linestyle=":", linewidth=1.6, label=words)
     trained = sorted({int(s.trained_len) for s in task if s.trained_len > 0})
     for length in trained:

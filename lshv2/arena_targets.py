@@ -26,7 +26,7 @@ LENGTHS = tuple(1 << e for e in range(10, 18))  # "every length": 1,024 to LONGE
 DEPTHS, SEEDS, SEQUENCES = 10, 3, 50
 LISTOPS = 2001  # tokens: the Long Range Arena's trees, all of them
 DENSE = ("dense", "dense_scaled")
-HOPPER = ("H200", "H100")  # one chip, with more and faster memory or less
+HOPPER = ("cuda (NVIDIA H200)", "cuda (NVIDIA H100 80GB HBM3)")  # one chip, with more and faster memory or less
 NEEDLES = ("passkey", "kv_needle", "uuid_needle")
 OTHERS = re.compile(r"(^|, )sequences 1$")  # what a row's `setting` says of `--asked 1`
 ROUNDS = {1: (90, 99), 2: (99, 100), 4: (99.9, 100), 8: (100, 100)}  # duplication: at least, stretch
@@ -210,7 +210,7 @@ def _duplication(summaries: Summaries, rounds: int) -> Target:
 
 def _scaling(benchmark: Benchmark | None) -> list[Target]:
     """The whole model's exponents, from the benchmark's own fits where those span 16,384 to LONGEST on a GPU of HOPPER.
-    Of one sequence and of as many tokens at every length, where both were measured, the worse is judged."""
+    Of one sequence and of batches of fixed tokens, where both were measured, the worse is judged."""
     times, time_said = _fits(benchmark, "train_latency")
     sizes, size_said = _fits(benchmark, "memory")
     alpha = max((fit.upper for fit in times), default=NAN)
@@ -227,9 +227,12 @@ def _fits(benchmark: Benchmark | None, measure: str) -> tuple[list[Fit], str]:
     fit = benchmark.fits.get(("lsh", measure)) if benchmark else None
     if benchmark is None or fit is None:
         return [], "no fit in this run's benchmark"
-    if not any(name in benchmark.device for name in HOPPER):
+    if benchmark.device not in HOPPER:
         return [], f"measured on {benchmark.device}"
-    full = benchmark.fixed_tokens.fits.get(("lsh", measure)) if benchmark.fixed_tokens else None
+    tokens = benchmark.fixed_tokens
+    full = tokens.fits.get(("lsh", measure)) if tokens else None
+    if tokens and full is None:
+        return [], "no fit at fixed tokens"
     fits = [fit, *([full] if full else [])]
     for each in fits:
         if each.min_seq_len < 16_384 or each.max_seq_len < LONGEST:
@@ -243,6 +246,7 @@ def _fits(benchmark: Benchmark | None, measure: str) -> tuple[list[Fit], str]:
         interval = f" ({part.low:.3f} to {part.high:.3f})" if math.isfinite(part.low) else ""
         said += f"; with a fixed part {part.exponent:.3f}{interval}"
     said += f"; the last doubling {fit.last_doubling:.2f} times"
-    if full is not None:  # where short lengths too fill the machine, no launch flatters
-        said += f"; with as many tokens at every length {full.exponent:.3f} ({full.low:.3f} to {full.high:.3f})"
+    if tokens and full:  # where short lengths too fill the machine, no launch flatters
+        said += f"; with up to {tokens.tokens:,.0f} tokens a batch " \
+                f"{full.exponent:.3f} ({full.low:.3f} to {full.high:.3f})"
     return fits, said

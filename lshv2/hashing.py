@@ -15,8 +15,9 @@ most, a query looks in the R cells that it points along most (multi-probe: Lv et
     best_cells(x [B,H,T,D], table [K,1,C,D], n) -> int32 [B,H,n,T]       (n = 1 for keys)
 
 Cells are disjoint, so attention finds no key twice, sorts keys once, and is faster for it; centroids follow keys alone.
-A centroid is the mean of its cell's keys: keys choose by its direction, queries by its product, length and all, or they
-would look first where many short keys lie that have nothing for anyone.
+Keys choose by a centroid's direction, of what sets them apart from the mean of all. Queries rank by it too, or by the
+mean of the cell's keys, length and all (`model.centroids`): keys that hardly differ from the common one, or point
+anywhere, make short means, and a cell of them is looked into last.
 Queries and keys are hashed separately, by functions of one token's vector and stored state and nothing else: that is
 what keeps attention strictly causal.
 
@@ -193,7 +194,9 @@ def cell_sums(x: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     n_kv, dim = x.shape[1], x.shape[3]
     where = ids[:, :, 0].transpose(0, 1).reshape(n_kv, 1, 1, -1).long()
     caught = (where == torch.arange(size, device=x.device)[:, None]).float()  # [K,1,C,M], as `codebook_sums`
-    return caught @ x.float().transpose(0, 1).reshape(n_kv, 1, -1, dim), caught.sum(-1)
+    with full_precision(x):  # autocast would round the sums, and with them lengths
+        total = caught @ x.float().transpose(0, 1).reshape(n_kv, 1, -1, dim)
+    return total, caught.sum(-1)
 
 
 @torch.no_grad()

@@ -147,8 +147,8 @@ class Attention(nn.Module):
     def _look_up(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The best cells of queries and the cell of each key: [B,H,R,T], [B,K,1,T].
 
-        Keys choose by what sets them apart from their running mean, or they would all lie in the same few cells. To
-        queries that mean would add the same product for every cell.
+        Keys choose by what sets them apart from their running mean, or they would all lie in the same few cells. Added
+        to mean centroids it would add the same product for every cell, and no query would choose otherwise.
         """
         table, mean = self.tables[0], self.get_buffer("key_mean")
         centred = k.detach() - mean.to(k.dtype)

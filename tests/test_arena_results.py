@@ -178,6 +178,8 @@ def test_a_shortcut_far_above_the_models_bits_is_said_and_does_not_press_them_fl
                               for model, value in (("lsh", 1.1), ("dense", 1.2)) for n in (1024, 4096)))
     axis = draw_arena(drawn).axes[0]
     assert axis.get_ylim()[1] < 1.3 and "two bytes: 3.000" in axis.get_legend_handles_labels()[1]
+    better = arena(tmp_path / "b", {**text, "value": 1.1, "shortcuts": {"two bytes": 0.5}})
+    assert draw_arena(better).axes[0].get_ylim()[0] < 0.5, "a rule that beats the models has to be seen"
 
 
 def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def test_duplication_goes_by_the_rounds_of_the_evaluation(tmp_path: Path) -> Non
 @pytest.mark.parametrize("device, first, last, said", [
     (H200, 16_384, LONG, ("met", "missed")), ("cpu (a CPU)", 16_384, LONG, ("not measured",) * 2),
     ("cuda (NVIDIA H100 80GB HBM3)", 16_384, LONG, ("met", "missed")),
+    ("cuda (NVIDIA H100 80GB HBM3 MIG 1g.10gb)", 16_384, LONG, ("not measured",) * 2),
     (H200, 1024, LONG, ("not measured",) * 2), (H200, 16_384, 65_536, ("not measured",) * 2),
 ])
 def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, first: int, last: int,
@@ -228,13 +229,15 @@ def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, fi
     part = {("lsh", "train_latency"): Scaling("", {}, FixedPart(1.3, 1.2, 1.4, 9.0, 1.0, 0.0, 4), ())}
     measured = Benchmark(device, "bfloat16", "done", (), fits, part)
     full = replace(measured, fits={("lsh", "train_latency"): Fit(1.02, 1.0, 1.04, 4, 1.0, 16_384, LONG, 2.0)},
-                   scaling={})
+                   scaling={}, tokens=131_072.0)
     said_of = {folder: judged(tmp_path / folder, row("mqar", 1024, 0.9), benchmark=each)[names[0]].detail
                for folder, each in (("c", measured), ("d", replace(measured, fixed_tokens=full)))}
     beside = "; with a fixed part 1.300 (1.200 to 1.400); the last doubling 2.00 times"
-    whole = f"{beside}; with as many tokens at every length 1.020 (1.000 to 1.040)"
+    whole = f"{beside}; with up to 131,072 tokens a batch 1.020 (1.000 to 1.040)"
     assert ([beside in said_of["c"], whole in said_of["d"]] == [True] * 2) == (said[0] == "met"), "the other readings"
-    assert "as many tokens" not in said_of["c"]
+    assert "tokens a batch" not in said_of["c"]
+    none = replace(measured, fixed_tokens=replace(full, fits={}))
+    assert verdict(judged(tmp_path / "e", row("mqar", 1024, 0.9), benchmark=none)[names[0]]) == "not measured"
 
 
 def test_the_worse_of_both_layouts_is_judged(tmp_path: Path) -> None:

@@ -146,10 +146,13 @@ def test_own_tables_come_first_and_others_are_named_untrained(runs: Path) -> Non
         assert fresh.own_rounds == 0 and "these hash tables are untrained" in fresh.caption()
 
 
-def test_an_inverted_file_shows_the_models_own_cells(runs: Path) -> None:
+@pytest.mark.parametrize("centroids", ["unit", "mean"])
+def test_an_inverted_file_shows_the_models_own_cells(runs: Path, centroids: str) -> None:
     """Rounds are the cells a query looks in: with all of a model's own, S(t) is what its attention sees."""
-    trained("cells", age=0, **{"model.hashing": "inverted_file", "model.n_buckets": 4})
+    trained("cells", age=0, **{"model.hashing": "inverted_file", "model.n_buckets": 4, "model.centroids": centroids})
     explorer = Explorer(open_subject(length=32))
+    for table in explorer.subject.model.blocks[0].attention.tables:  # type: ignore[union-attr,operator]
+        table *= torch.arange(1, 5)[:, None] if centroids == "mean" else 1  # keys do not care how long, queries do
     shown = explorer.pattern(**explorer.start)
     assert "untrained" not in shown.caption() and shown.q_ids.shape == shown.k_ids.shape
     attention = explorer.subject.model.blocks[0].attention  # type: ignore[union-attr]

@@ -71,7 +71,8 @@ def length_chart(task: list[Summary]) -> go.Figure:
     length_axis(chart, [*(s.seq_len for s in task), *(int(length) for length in trained)])
     _scale(chart, metric)
     drawn = [value for s in task if s.seeds for value in (s.low, s.high) if math.isfinite(value)]
-    if metric == BITS and drawn:  # chance, 8 bits, and shortcuts would press everything else flat: the legend says them
+    drawn += [s.shortcut[1] for s in task if drawn and s.shortcut[1] <= max(drawn)]  # one that beats them is shown
+    if metric == BITS and drawn:  # chance, 8 bits, and weak shortcuts would press all else flat: the legend says them
         room = 0.06 * (max(drawn) - min(drawn)) or 0.1
         chart.update_yaxes(range=[min(drawn) - room, max(drawn) + room])
     chart.update_layout(legend=dict(y=1.06))

@@ -233,6 +233,7 @@ def _judged(job: Job, task: ArenaTask, model: Any, length: int, timed: bool) -> 
     return {
         **result, "rounds": config.n_rounds, "bucket_size": config.bucket_size,
         "n_buckets": config.resolved_n_buckets, "window": config.window, "keys_a_query": _keys(config),
+        **({"centroids": config.centroids} if config.attention == "lsh" else {}),
         "time": time.time(),
     }
 
