@@ -82,7 +82,8 @@ class Attention(nn.Module):
             self.register_buffer("key_mean", torch.zeros(config.n_kv_heads, 1, dim))
             self.register_buffer("key_sum", torch.zeros(config.n_kv_heads, 1, dim), persistent=False)
             self.register_buffer("key_count", torch.zeros(()), persistent=False)
-            self.register_buffer("caught", torch.zeros(tables[0].shape[:3]), persistent=False)
+            if config.centroids == "mean":
+                self.register_buffer("caught", torch.zeros(tables[0].shape[:3]), persistent=False)
 
     def _draw_tables(self, generator: torch.Generator) -> list[Tensor]:
         config = self.config
@@ -104,7 +105,7 @@ class Attention(nn.Module):
     @property
     def notes(self) -> list[Tensor]:
         """What the last forwards noted for `update_hash`."""
-        rest = ["key_sum", "key_count", "caught"] if self.n_tables and self.config.hashing == "inverted_file" else []
+        rest = [name for name in ("key_sum", "key_count", "caught") if hasattr(self, name)]
         return [*self.sums, *(self.get_buffer(name) for name in rest)]
 
     def project(

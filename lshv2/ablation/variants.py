@@ -100,7 +100,6 @@ VARIANTS: dict[str, Variant] = {
         {**INVERTED_FILE, **FINE, **MIXED, **CONVOLVED, "model.rotary_fraction": 1.0}, only="language"
     ),
     # queries look for the mean key of a cell, not for its direction alone
-    "inverted_file_mix_full_means": Variant({**INVERTED_FILE, **MIXED, **MEANS, "model.rotary_fraction": 1.0}),
     "inverted_file_r8_mix_full_means": Variant(
         {**INVERTED_FILE, **FINE, **MIXED, **MEANS, "model.rotary_fraction": 1.0}, only="language"
     ),
@@ -154,6 +153,7 @@ _CORE = ("inverted_file_r8_quarter", "dense_half", "inverted_file_r8_mix_full", 
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
     ("language-2048", ("inverted_file_r8_mix_full_conv", "dense_mix_full_conv", "inverted_file_mix_full_conv")),
+    ("language-2048", ("inverted_file_r8_mix_full_means",)),
     ("recall-256", ("inverted_file_quarter", "inverted_file_content", "codebooks_quarter", "codebooks_content",
                     "dense_half", "dense_quarter", "dense_content", "inverted_file_half", "codebooks_half")),
     ("language-8192", (*_CORE, "inverted_file_fine_quarter", "inverted_file_w128_quarter",
