@@ -117,4 +117,3 @@ def _cell(summary: Summary | None, usual: int) -> str:
     if summary is None:
         return "–"
     return spread(summary) + (f", {counted(summary.seeds)}" if summary.seeds != usual else "")
-

@@ -249,4 +249,8 @@ def _fits(benchmark: Benchmark | None, measure: str) -> tuple[list[Fit], str]:
     if tokens and full:  # where short lengths too fill the machine, no launch flatters
         said += f"; with up to {tokens.tokens:,.0f} tokens a batch " \
                 f"{full.exponent:.3f} ({full.low:.3f} to {full.high:.3f})"
+    rows = [row for one in (benchmark, tokens) if one for row in one.rows if row.attention == "lsh"]
+    counts = [int(n) for row in rows if (n := row.get("n_processes")) > 0]
+    if counts:  # three are what a claim should rest on
+        said += f"; processes a case: {' to '.join(str(n) for n in dict.fromkeys((min(counts), max(counts))))}"
     return fits, said

@@ -138,6 +138,8 @@ def _layout(content: dict[str, Any], part: dict[str, Any], name: str, a_sequence
             problems += (Problem(name, f"rows: {text(item, 80)} has no attention or seq_len"),)
             continue
         values = {k: number(v) for k, v in item.items() if isinstance(v, int | float)}
+        if isinstance(item.get("processes"), list):
+            values["n_processes"] = len(item["processes"])
         if a_sequence:
             values = {k: v / values.get("batch_size", NAN) if k.removesuffix("_p20").removesuffix("_p80").endswith(
                 SHARED_COLUMNS) else v for k, v in values.items()}

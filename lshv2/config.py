@@ -125,6 +125,11 @@ class ModelConfig(Section):
         return self.n_layers // self.weight_tied_layers
 
     @property
+    def mean_cells(self) -> bool:
+        """Whether there are cells, and queries rank them by the mean of their keys."""
+        return self.hashing == "inverted_file" and self.centroids == "mean"
+
+    @property
     def resolved_n_buckets(self) -> int:
         """Buckets per round: a property of the capacity, never of the number of tokens seen so far."""
         if self.n_buckets is not None:

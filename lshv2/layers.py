@@ -82,7 +82,7 @@ class Attention(nn.Module):
             self.register_buffer("key_mean", torch.zeros(config.n_kv_heads, 1, dim))
             self.register_buffer("key_sum", torch.zeros(config.n_kv_heads, 1, dim), persistent=False)
             self.register_buffer("key_count", torch.zeros(()), persistent=False)
-            if config.centroids == "mean":
+            if config.mean_cells:
                 self.register_buffer("caught", torch.zeros(tables[0].shape[:3]), persistent=False)
 
     def _draw_tables(self, generator: torch.Generator) -> list[Tensor]:
@@ -154,8 +154,8 @@ class Attention(nn.Module):
         table, mean = self.tables[0], self.get_buffer("key_mean")
         centred = k.detach() - mean.to(k.dtype)
         n = min(self.config.n_rounds, table.shape[2], MOST_CELLS)
-        means = self.config.centroids == "mean"
-        q_ids, k_ids = best_cells(q, table, n), best_cells(centred, normalize(table, dim=-1) if means else table, 1)
+        directions = normalize(table, dim=-1) if self.config.mean_cells else table
+        q_ids, k_ids = best_cells(q, table, n), best_cells(centred, directions, 1)
         if self.training:
             self._note(centred, k_ids)
             self.get_buffer("key_sum").add_(k.detach().float().mean((0, 2))[:, None])
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         stride = x.shape[0] * x.shape[2] * world // CODEBOOK_TOKENS | 1
         part = self.share.every(stride, x.shape[2]) if self.share else slice(None, None, stride)
         x, ids = x.detach()[:, :, part], ids[..., part]
-        if self.config.hashing == "inverted_file" and self.config.centroids == "mean":
+        if self.config.mean_cells:
             total, count = cell_sums(x, ids, self.tables[0].shape[2])
             self.sums[0].add_(total)
             self.get_buffer("caught").add_(count)
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         """Move the codebooks by what the last step's tokens were; call after the optimizer step."""
         if not self.n_tables or self.config.hashing == "cross_polytope":
             return
-        if self.config.hashing == "inverted_file" and self.config.centroids == "mean":
+        if self.config.mean_cells:
             caught = self.get_buffer("caught")
             update_cells(self.tables[0], self.sums[0], caught, self.config.codebook_decay)
             caught.zero_()

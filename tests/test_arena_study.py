@@ -161,8 +161,9 @@ def test_tracking_is_asked_with_everything_to_see_too(tmp_path: Path) -> None:
     run_job(job, tmp_path)
     rows = {(row["setting"], row["seq_len"]): row for row in rows_of(tmp_path).values()}
     assert {which: row["keys_a_query"] is None for which, row in rows.items()} == {
-        (name, n): bool(name) for n in (64, 200)
-        for name in ("", "attention=dense")}
+        (name, n): bool(name) for n in (64, 200) for name in ("", "attention=dense")}
+    assert {which: row.get("centroids") for which, row in rows.items() if which[1] == 64} == {
+        ("", 64): "unit", ("attention=dense", 64): None}, "only who looks for cells has centroids"
     assert {row["model"] for row in rows.values()} == {"lsh"} and len({row["trained_as"] for row in rows.values()}) == 1
 
 

@@ -11,7 +11,7 @@ from example_arena import write_arena
 
 from lshv2.arena_results import read_arena
 from lshv2.arena_targets import arena_targets
-from lshv2.benchmark_results import Benchmark, Fit, FixedPart, Scaling
+from lshv2.benchmark_results import Benchmark, Fit, FixedPart, Row, Scaling
 from lshv2.operator_results import Target, verdict
 
 LENGTHS = tuple(1 << e for e in range(10, 18))
@@ -235,7 +235,10 @@ def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, fi
     beside = "; with a fixed part 1.300 (1.200 to 1.400); the last doubling 2.00 times"
     whole = f"{beside}; with up to 131,072 tokens a batch 1.020 (1.000 to 1.040)"
     assert ([beside in said_of["c"], whole in said_of["d"]] == [True] * 2) == (said[0] == "met"), "the other readings"
-    assert "tokens a batch" not in said_of["c"]
+    assert "tokens a batch" not in said_of["c"] and "processes" not in said_of["c"]
+    rows = tuple(Row("lsh", n, "ok", "", {"n_processes": count}) for n, count in ((16_384, 3.0), (LONG, 2.0)))
+    told = judged(tmp_path / "f", row("mqar", 1024, 0.9), benchmark=replace(measured, rows=rows))[names[0]].detail
+    assert told.endswith("; processes a case: 2 to 3") == (said[0] == "met")
     none = replace(measured, fixed_tokens=replace(full, fits={}))
     assert verdict(judged(tmp_path / "e", row("mqar", 1024, 0.9), benchmark=none)[names[0]]) == "not measured"
 

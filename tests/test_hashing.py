@@ -126,6 +126,8 @@ def test_cells_move_to_the_mean_of_what_they_caught() -> None:
             if caught:
                 want = 0.75 * want + 0.25 * torch.stack(caught).mean(0)
             assert torch.allclose(table[head, 0, cell], want, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cell_sums(x, ids, 16)[0], total), "sums are not rounded"
     assert (count[:, 0, 12:] == 0).all() and torch.equal(table[:, :, 12:], before[:, :, 12:])
 
 
