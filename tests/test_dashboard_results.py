@@ -108,7 +108,7 @@ def test_every_task_of_the_arena_draws_what_it_has(shown_runs: Path, task: str, 
         (shown_runs / "quick" / "arena.jsonl").unlink()
         write_arena(shown_runs / "quick", beaten)
         low, top = drawn(page("arena", "quick"))[0]["layout"]["yaxis"]["range"]
-        assert 0 < low < 0.5 < 1 < top < 2, "a rule that beats the models is seen"
+        assert 0 < low < 0.5 < 1 < top < 2.31, "a rule that beats the models is seen"
 
 
 def test_a_run_without_an_arena_says_how_to_make_one(shown_runs: Path) -> None:
