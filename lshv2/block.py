@@ -50,7 +50,9 @@ class Block(nn.Module):
     def prepare(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What comes before attention: x [B,T,d] -> q, k, v to weigh, q and k to find by (`Attention.find`)."""
         q, k, v = self.attention.project(self.attention_norm(x))
-        return *self.attention.place(q, k, cos, sin), v, q.detach(), k.detach()
+        placed = self.attention.place(q, k, cos, sin)
+        by_q, by_k = self.attention.sought((q, k), placed)
+        return *placed, v, by_q.detach(), by_k.detach()
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """What comes after attention: x [B,T,d] and `Attention.attend`'s [B,H,T,D] -> [B,T,d]."""

@@ -62,6 +62,10 @@ class ModelConfig(Section):
         "unit", description="of an inverted file: queries look for the cells whose mean key, or whose direction alone, "
         "they point along most"
     )
+    hash_positions: bool = Field(
+        False, description="bucket ids are of queries and keys as they are weighed, with positions in the heads that "
+        "have them, or of what the tokens are alone"
+    )
     codebook_decay: Fraction = Field(0.99, description="exponential average that moves the hash codebooks")
     short_conv: NonNegativeInt = Field(
         0, description="earlier tokens that attention's input is mixed with, channel by channel; 0: none"

@@ -211,7 +211,12 @@ class Attention(nn.Module):
         before, asking: see `project`.
         """
         q, k, v = self.project(x, before, asking)
-        return *self.place(q, k, cos, sin, asking), v, *self.find(q, k)
+        placed = self.place(q, k, cos, sin, asking)
+        return *placed, v, *self.find(*self.sought((q, k), placed))
+
+    def sought(self, plain: tuple[Tensor, Tensor], placed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What `find` goes by, of q and k from `project` and from `place`: a head's temperature changes no bucket."""
+        return placed if self.config.hash_positions else plain
 
     def place(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, asking: int | None = None

@@ -46,6 +46,8 @@ CONFIGURATIONS = {
     "cross_polytope": dict(hashing="cross_polytope"),
     "codebooks": dict(hashing="codebooks"),
     "mean_centroids": dict(centroids="mean"),
+    "hash_positions": dict(hash_positions=True, rotary_heads=0.5),
+    "hash_positions_ponder": dict(**PONDER, hash_positions=True),
     "fewer_cells_than_rounds": dict(n_buckets=2, n_rounds=4),
     "ponder": PONDER,
     "ponder_cross_polytope": dict(**PONDER, hashing="cross_polytope"),

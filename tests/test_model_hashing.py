@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from model_cases import backend, ids, small
 
@@ -95,3 +96,19 @@ def test_mean_centroids_become_the_means_of_their_cells_keys() -> None:
                 full += 1
                 assert torch.allclose(attention.table0[head, 0, cell], caught.mean(0), atol=1e-3)
     assert full > 4 and not attention.caught.any(), "noted once, spent once"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hashing", ["inverted_file", "codebooks"])
+def test_what_is_found_may_go_by_positions_in_the_heads_that_have_them(hashing: str) -> None:
+    """Heads without positions keep their ids; in the others a key that comes later lies elsewhere."""
+    shape = {"hashing": hashing, "rotary_heads": 0.5, "n_buckets": 64}
+    plain, placed = (small(**shape, hash_positions=on).blocks[0].attention.eval() for on in (False, True))
+    x = torch.randn(1, 1, plain.config.d_model, generator=torch.Generator().manual_seed(0)).expand(1, 64, -1)
+    angles = rotary_angles(64, plain.config, x.device)
+    *_, q_ids, k_ids = plain.prepare(x, *angles)
+    *_, q_placed, k_placed = placed.prepare(x, *angles)
+    content = plain.config.n_content_kv_heads
+    assert 0 < content < k_ids.shape[1] and torch.equal(k_placed[:, :content], k_ids[:, :content])
+    assert (k_ids[:, content:, :, 1:] == k_ids[:, content:, :, 1:2]).all(), "one token, one place"
+    assert (k_placed[:, content:, 0].unique().numel() > 4) and not torch.equal(q_placed, q_ids)

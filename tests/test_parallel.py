@@ -16,7 +16,7 @@ from lshv2.errors import UserError
 from lshv2.parallel.layout import Layout, plan
 
 INVERTED = {"hashing": "inverted_file"}
-MEANS = {"hashing": "inverted_file", "centroids": "mean"}
+MEANS = {"hashing": "inverted_file", "centroids": "mean", "hash_positions": True}
 CODEBOOKS = {"hashing": "codebooks", "checkpoint": True}
 PONDER = {"hashing": "inverted_file", "use_ponder": True, "n_layers": 4, "checkpoint": "block"}
 CASES = {"inverted_file": INVERTED, "means": MEANS, "codebooks": CODEBOOKS, "ponder": PONDER}

@@ -89,7 +89,7 @@ def _layer(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor
     config = attention.config
     q, k, _ = attention.project(x)
     if config.attention == "lsh":
-        q_ids, k_ids = attention.hash(q, k)
+        q_ids, k_ids = attention.hash(*attention.sought((q, k), attention.place(q, k, cos, sin)))
     else:
         q_ids = torch.zeros(q.shape[0], config.n_heads, 0, q.shape[2], dtype=torch.int32, device=q.device)
         k_ids = q_ids[:, : config.n_kv_heads]

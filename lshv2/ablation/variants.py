@@ -103,6 +103,14 @@ VARIANTS: dict[str, Variant] = {
     "inverted_file_r8_mix_full_means": Variant(
         {**INVERTED_FILE, **FINE, **MIXED, **MEANS, "model.rotary_fraction": 1.0}, only="language"
     ),
+    # cells of keys as they are weighed, with their positions
+    "inverted_file_r8_mix_full_placed": Variant(
+        {**INVERTED_FILE, **FINE, **MIXED, "model.rotary_fraction": 1.0, "model.hash_positions": True}, only="language"
+    ),
+    "inverted_file_r8_mix_full_placed_means": Variant(
+        {**INVERTED_FILE, **FINE, **MIXED, **MEANS, "model.rotary_fraction": 1.0, "model.hash_positions": True},
+        only="language",
+    ),
     "inverted_file_r8_mix_quarter": Variant({**CONTENT_CELLS, **FINE, **MIXED}, only="language"),
     # what the full-size model sees: 512 and 1,024 found keys
     "inverted_file_w128_quarter": _shape(4, 128, base=CONTENT_CELLS),
@@ -153,7 +161,8 @@ _CORE = ("inverted_file_r8_quarter", "dense_half", "inverted_file_r8_mix_full", 
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language-2048", _CORE),
     ("language-2048", ("inverted_file_r8_mix_full_conv", "dense_mix_full_conv", "inverted_file_mix_full_conv")),
-    ("language-2048", ("inverted_file_r8_mix_full_means",)),
+    ("language-2048", ("inverted_file_r8_mix_full_means", "inverted_file_r8_mix_full_placed",
+                       "inverted_file_r8_mix_full_placed_means")),
     ("recall-256", ("inverted_file_quarter", "inverted_file_content", "codebooks_quarter", "codebooks_content",
                     "dense_half", "dense_quarter", "dense_content", "inverted_file_half", "codebooks_half")),
     ("language-8192", (*_CORE, "inverted_file_fine_quarter", "inverted_file_w128_quarter",

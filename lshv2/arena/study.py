@@ -29,7 +29,7 @@ ARENA = "arena.jsonl"
 # Of a model without pondering nothing reads these: they count as they were when the first rows were written.
 UNUSED = {"ponder_prior": 0.3, "ponder_beta": 0.1, "ponder_threshold": 0.5}
 # Settings that came later count where they are used.
-LATER = {"softmax_scale": "constant", "centroids": "unit"}
+LATER = {"softmax_scale": "constant", "centroids": "unit", "hash_positions": False}
 SCHEMA = 1
 Row = dict[str, Any]
 
