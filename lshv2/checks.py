@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lshv2.attention import BACKENDS, MASKED_UP_TO, lsh_attention, runs_here, visible_set
+from lshv2.block import Block
 from lshv2.config import ModelConfig, Settings
+from lshv2.layers import rotary_angles
 from lshv2.model import LSHModel
 from lshv2.progress import Progress
 from lshv2.runs import SCHEMA, Run, write_json
@@ -116,8 +118,9 @@ def example_pattern(settings: Settings, length: int) -> Tensor:
     g = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(0, config.vocab_size, (1, length), generator=g)
     block = model.blocks[0]
-    q, k, _ = block.attention.project(block.attention_norm(model.embedding(ids)))  # type: ignore[operator,union-attr]
-    q_ids, k_ids = block.attention.hash(q, k)  # type: ignore[operator,union-attr]
+    assert isinstance(block, Block)
+    angles = rotary_angles(length, config, ids.device)
+    q_ids, k_ids = block.attention.hash(*block.prepare(model.embedding(ids), *angles)[3:])
     return visible_set(
         q_ids[:, :1], k_ids[:, :1], bucket_size=config.bucket_size, window=config.window, n_global=config.n_global
     )[0, 0]

@@ -131,6 +131,24 @@ def test_captured_q_and_k_are_what_the_layer_attends_with(scale: str) -> None:
         assert torch.allclose(layer.attention.out(torch.cat(heads, -1)), out[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("placed", [False, True])
+def test_captured_q_and_k_are_what_the_model_hashes(placed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"use_ponder": False, "hash_positions": placed, "rotary_heads": 0.5}
+    model = LSHModel(make_settings("test").model.model_copy(update=changes), seed=1).eval()
+    hashed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for block in model.blocks:
+        ids_of = block.attention.hash  # type: ignore[union-attr]
+        monkeypatch.setattr(block.attention, "hash", lambda q, k, f=ids_of: hashed.append((q, k)) or f(q, k))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        model(ids)
+    of_the_model = list(hashed)
+    layers = capture(model, ids)
+    assert len(layers) == len(of_the_model) == model.config.n_layers
+    for layer, (q, k) in zip(layers, of_the_model, strict=True):
+        assert torch.allclose(layer.q, q[0], atol=1e-5) and torch.allclose(layer.k, k[0], atol=1e-5)
+
+
 def test_own_tables_come_first_and_others_are_named_untrained(runs: Path) -> None:
     run = trained("own", age=0, **{"model.hashing": "codebooks"})
     explorer = Explorer(open_subject(length=32))

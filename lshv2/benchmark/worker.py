@@ -133,8 +133,9 @@ class Measurement:
         attention, lsh = block.attention, config.attention == "lsh"
         with torch.no_grad(), self.precision():
             hidden = block.attention_norm(self.model.embedding(ids))
-            hashed_q, hashed_k, _ = attention.project(hidden)
+            plain_q, plain_k, _ = attention.project(hidden)
             q, k, v, *no_ids = attention.prepare(hidden, *rotary_angles(ids.shape[1], config, self.device))
+        hashed = attention.sought((plain_q, plain_k), (q, k))
         inputs = [x.detach().requires_grad_(train) for x in (q, k, v)]
         # not ones: a GPU's power, and with it its clock, follows the bits; laid out in memory as the model's is
         generator = torch.Generator(self.device).manual_seed(self.job["seed"])
@@ -143,7 +144,7 @@ class Measurement:
 
         def step() -> None:
             with torch.set_grad_enabled(train), self.precision():
-                found = attention.hash(hashed_q, hashed_k) if lsh else no_ids
+                found = attention.hash(*hashed) if lsh else no_ids
                 out = attention.attend(*inputs, *found)
             if train:
                 torch.autograd.grad(out, inputs, gradient)

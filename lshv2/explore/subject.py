@@ -109,9 +109,9 @@ def _synthetic_texts(vocab_size: int, length: int, seed: int) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class Layer:
-    """One application of a block's attention: what is hashed (`q` [H,T,D], `k` [K,T,D]: normalised, no positions) and
-    what is weighed (`weighed_q`, `weighed_k`: with rotary positions and the head's temperature, of a dense model by
-    `softmax_scale` too)."""
+    """One application of a block's attention: what is hashed (`q` [H,T,D], `k` [K,T,D]: normalised, with positions
+    where `model.hash_positions` says so) and what is weighed (`weighed_q`, `weighed_k`: with rotary positions and the
+    head's temperature, of a dense model by `softmax_scale` too)."""
 
     attention: Attention
     q: Tensor
@@ -136,7 +136,8 @@ def capture(model: LSHModel, ids: Tensor) -> list[Layer]:
     def note(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, cos, sin = inputs
         q, k, _ = attention.project(x)
-        weighed_q, weighed_k = attention.place(q, k, cos, sin)
+        weighed_q, weighed_k = placed = attention.place(q, k, cos, sin)
+        q, k = attention.sought((q, k), placed)
         layers.append(Layer(attention, q[0], k[0], scaled(weighed_q, attention.config)[0], weighed_k[0]))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, Attention)]
