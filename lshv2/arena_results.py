@@ -21,7 +21,7 @@ from typing import Any
 from lshv2.runs import read_jsonl
 from lshv2.tolerant import NAN, Problem, Problems, mapping, number, refusal, text
 
-FILE, PICTURE, NEEDLES = "arena.jsonl", "arena.png", "arena_needles.png"
+FILE, PICTURE, CURVE, NEEDLES = "arena.jsonl", "arena.png", "arena_curve.png", "arena_needles.png"
 MODELS = {"lsh": "LSH", "dense": "dense", "dense_scaled": "dense, scaled by log n", "window": "window only"}
 TASKS = {  # in the order of tables, with the words for them; a user's own task comes after
     "mqar": "MQAR, 64 pairs", "mqar_dense_pairs": "MQAR, n/64 pairs", "duplication": "duplication",

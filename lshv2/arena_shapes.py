@@ -22,7 +22,8 @@ ABOUT = (  # what readers of the table have to know
     "R: rounds, W: bucket size, cells: in multiples of the curve's own number on a task (n_buckets in its rows); all "
     "see a window of 64 too, and have nothing else that a task's recipe gives to LSH alone (its cells and centroids). "
     "Advised: within a point of the best shape where something is to be found, and fewer bits per byte than any such "
-    "shape with as many keys or fewer; a lead where a task has fewer than three seeds."
+    "shape with as many keys or fewer; a lead where a task has fewer than three seeds. "
+    "The package's default, four rounds with buckets of 128, is the usage guide's."
 )
 
 

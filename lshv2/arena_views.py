@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from lshv2.arena_results import ACCURACY, BITS, LIGHTER_DENSE, MODELS, TASKS, Arena, Summary, label_place, mean, place
 from lshv2.tolerant import NAN
@@ -175,6 +176,27 @@ def cost_table(arena: Arena) -> list[list[str]]:
     return table if len(table) > 1 else []
 
 
+def gain_table(arena: Arena, context: int = 4096) -> list[list[str]]:
+    """Cells with their heading: of text whose windows end alike, the bits a byte that more than `context` tokens before
+    it save, by length; the mean over seeds of each seed's own difference (lowest to highest). [] without such text."""
+    values = {(row.task, row.model, row.seed, row.seq_len): row.value for row in arena.rows
+              if row.metric == BITS and row.setting == "" and "part" in row.by and math.isfinite(row.value)}
+    longer = sorted({length for *_, length in values if length > context})
+    table = [["task", "model", "seeds", *(f"{length:,}" for length in longer)]]
+    pairs = {key[:2] for key in values}
+    for task, model in sorted(pairs, key=lambda pair: (place(TASKS, pair[0]), place(MODELS, pair[1]))):
+        saved: dict[int, list[float]] = {length: [] for length in longer}
+        seeds = sorted({seed for t, m, seed, length in values if (t, m, length) == (task, model, context)})
+        for length, seed in product(longer, seeds):
+            if (with_more := values.get((task, model, seed, length))) is not None:
+                saved[length].append(values[task, model, seed, context] - with_more)
+        if any(saved.values()):
+            told = (f"{mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" if gains else "–"
+                    for gains in saved.values())
+            table.append([TASKS.get(task, task), MODELS.get(model, model), str(len(seeds)), *told])
+    return table if len(table) > 1 else []
+
+
 def _keys(summary: Summary) -> str:
     """What a query sees at most: accuracy is bought with it."""
     keys = summary.get("keys_a_query")
@@ -191,11 +213,14 @@ def _named(task: Sequence[Summary]) -> str:
 
 
 def _extremes(task: Sequence[Summary]) -> tuple[str, str]:
-    """Chance and shortcut at the length where they reach most."""
+    """Chance and shortcut at the length where they reach most; of one length alone, every rule."""
     found, metric = levels(task), task[0].metric
     best = min if metric == BITS else max
     chances = [level.chance for level in found if math.isfinite(level.chance)]
     shortcuts = [(level.shortcut, level.name) for level in found if level.name]
     value, name = best(shortcuts, default=(NAN, ""))
     chance = shown_score(best(chances), metric) if chances else "–"
+    if len(found) == 1:  # as ListOps is judged: each rule says how much of it is a lookup
+        rules = sorted(task[0].shortcuts.items(), key=lambda rule: rule[1], reverse=best is max)
+        return chance, ", ".join(f"{shown_score(rule[1], metric)} ({rule[0]})" for rule in rules) or "–"
     return chance, f"{shown_score(value, metric)} ({name})" if name else "–"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -203,16 +203,21 @@ def _draw_fit(axis: Axes, exponent: float, low: float, high: float, x: np.ndarra
         axis.fill_between(np.exp(line), *edges, color=colour, alpha=0.12, linewidth=0)
 
 
-def label(axis: Axes, title: str, x: str, y: str, beneath: bool = False) -> None:
-    """Title, axis titles, and a legend where there are labelled lines; beneath: under the axes, where it hides none."""
+def label(
+    axis: Axes, title: str, x: str, y: str, beneath: bool = False, elsewhere: Container[str] = ()
+) -> None:
+    """Title, axis titles, and a legend where there are labelled lines; beneath: under the axes, where it hides none.
+    elsewhere: names that another legend has."""
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    handles, _ = axis.get_legend_handles_labels()
-    if handles and beneath:
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, edgecolor="none")
-    elif handles:
-        axis.legend(fontsize=8, loc="best", edgecolor="none", framealpha=0.8)  # readable where it lies on a line
+    lines = zip(*axis.get_legend_handles_labels(), strict=True)
+    named = [(line, name) for line, name in lines if name not in elsewhere]
+    if named and beneath:
+        axis.legend(*zip(*named, strict=True), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2,
+                    edgecolor="none")
+    elif named:  # readable where it lies on a line
+        axis.legend(*zip(*named, strict=True), fontsize=8, loc="best", edgecolor="none", framealpha=0.8)
 
 
 def length_axis(axis: Axes, lengths: Iterable[int]) -> None:

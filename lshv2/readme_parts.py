@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena_results import NEEDLES, PICTURE, TASKS, Arena, read_arena
+from lshv2.arena_results import CURVE, NEEDLES, PICTURE, TASKS, Arena, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import PUBLISHED, arena_targets
-from lshv2.arena_views import cost_table, score_table
+from lshv2.arena_views import cost_table, gain_table, score_table
 from lshv2.benchmark_results import read_benchmark
 from lshv2.operator_results import (
     NAMES,
@@ -119,7 +119,7 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
             f"{made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
             "measured. Keys a query: what it sees at most, whatever the length. Chance and the best shortcut, a rule "
-            "without a model: where they reach most.")
+            "without a model: where they reach most; of one length, every rule.")
     head += "".join(f" **{problem}.**" for problem in problems)
     cells = score_table(arena)
     scores = ruled(cells, (0, 1, len(cells[0]) - 1))
@@ -128,8 +128,9 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     return "\n\n".join([
         head, scores, *_published(arena),
         *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
-        *_shapes(arena), *_costs(arena),
-        *_picture(folder, key, PICTURE, "scores by length, by group and by keys a query"),
+        *_gains(arena), *_shapes(arena), *_costs(arena),
+        *_picture(folder, key, PICTURE, "scores by length and by group"),
+        *_picture(folder, key, CURVE, "scores by keys a query"),
         *_picture(folder, key, NEEDLES, "accuracy by depth and length"),
     ])
 
@@ -138,6 +139,14 @@ def _published(arena: Arena) -> list[str]:
     """What others reported on these tasks."""
     told = [f"{TASKS[task]}: {words}" for task, words in PUBLISHED.items() if task in arena.tasks]
     return [f"Published, by other models and trainings: {'; '.join(told)}."] if told else []
+
+
+def _gains(arena: Arena) -> list[str]:
+    """What the longer context is worth on text."""
+    if not (cells := gain_table(arena)):
+        return []
+    return ["What context beyond 4,096 tokens saves, in bits per byte of the same last bytes, each seed against itself "
+            "(below zero: it harms).", ruled(cells, (0, 1))]
 
 
 def _costs(arena: Arena) -> list[str]:

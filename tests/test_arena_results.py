@@ -11,10 +11,11 @@ import pytest
 from example_arena import arena_rows, write_arena
 
 from lshv2 import readme
-from lshv2.arena_plots import draw_arena, draw_needles, write_pictures
+from lshv2.arena_plots import draw_arena, draw_curve, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
 from lshv2.arena_views import (
     cost_table,
+    gain_table,
     group_labels,
     grouped,
     levels,
@@ -22,6 +23,7 @@ from lshv2.arena_views import (
     quality_lengths,
     quality_lines,
     quality_twins,
+    score_table,
     shown_score,
     spread,
 )
@@ -191,9 +193,16 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
         "induction heads, trained at 256 (dashed)", "passkey, trained at 2k (dashed)",
         "variable tracking, trained at 2k (dashed)", "bytes of real text, trained at 4k (dashed)",
         "my_own_task, trained at 2k (dashed)", "variable tracking at 131,072 tokens",
-        "bytes of real text at 131,072 tokens", "MQAR, 64 pairs at 1,024 tokens", "duplication at 1,024 tokens",
-        "bytes of real text at 1,024 tokens"]
-    first = draw_arena(drawn).axes[0]
+        "bytes of real text at 131,072 tokens"]
+    curve = draw_curve(drawn)
+    assert curve and [axis.get_title(loc="left") for axis in curve.axes] == [
+        "MQAR, 64 pairs at 1,024 tokens", "duplication at 1,024 tokens", "bytes of real text at 1,024 tokens"]
+    assert draw_curve(arena(tmp_path / "no-shapes", ROW)) is None
+    whole = draw_arena(drawn)
+    assert [entry.get_text() for entry in whole.legends[0].get_texts()] == [
+        "LSH", "dense", "dense, scaled by log n", "window only", "chance"]
+    first = whole.axes[0]
+    assert [entry.get_text() for entry in first.get_legend().get_texts()] == ["guess a value shown"]
     named = {line.get_label(): list(line.get_xdata()) for line in first.lines}
     assert named["LSH"] == [1024, 4096, 16_384, 131_072] and named["dense"] == [1024, 4096, 16_384], "out of memory"
     assert {"chance", "guess a value shown", "window only"} <= named.keys() and [2048, 2048] in named.values()
@@ -206,14 +215,42 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     key_value = [{**row, "task": "kv_needle"} for row in arena_rows()
                  if (row["task"], row["model"]) == ("passkey", "lsh")]
     both = draw_needles(arena(tmp_path / "both", *arena_rows(), *key_value))
-    title = draw_arena(arena(tmp_path / "narrow", ROW)).get_suptitle()
+    title = draw_arena(arena(tmp_path / "narrow", ROW)).legends[0].get_title().get_text()
     assert "chance" in title and max(map(len, title.split("\n"))) < 60, "it fits the one panel"
     assert both and [axis.texts[0].get_text() for axis in both.axes[4:]] == [
         "key–value needle, dense: not measured", "key–value needle, window only: not measured"], "a row a task"
-    assert [path.name for path in write_pictures(tmp_path)] == ["arena.png", "arena_needles.png"]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("arena.png", "arena_needles.png"))
+    names = ["arena.png", "arena_curve.png", "arena_needles.png"]
+    assert [path.name for path in write_pictures(tmp_path)] == names
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
     assert [path.name for path in write_pictures(write_arena(tmp_path / "one", [ROW]))] == ["arena.png"]
     assert draw_arena(arena(tmp_path / "none", {**ROW, "status": "timeout"})).axes == []
+
+
+def test_a_task_of_one_length_shows_what_every_rule_reaches(tmp_path: Path) -> None:
+    rules = {"the most frequent class": 0.175, "the root alone": 0.365, "the two upper levels": 0.663}
+    tree = {**ROW, "task": "listops", "seq_len": 2001, "shortcuts": rules}
+    axis = draw_arena(arena(tmp_path, tree)).axes[0]
+    told = {line.get_label(): line.get_ydata()[0] for line in axis.lines}  # type: ignore[index]
+    assert told["the root alone: 36.5 %"] == 36.5 and told["the two upper levels: 66.3 %"] == 66.3
+    assert score_table(arena(tmp_path, tree))[1][-1] == (
+        "66.3 % (the two upper levels), 36.5 % (the root alone), 17.5 % (the most frequent class)")
+
+
+def test_what_longer_contexts_save_is_each_seed_against_itself(tmp_path: Path) -> None:
+    def text(model: str, seed: int, length: int, bits: float, **more: Any) -> dict[str, Any]:
+        return {**ROW, "task": "bytes", "metric": "bits_per_byte", "model": model, "seed": seed, "seq_len": length,
+                "value": bits, "by": {"part": {"the end": bits}}, **more}
+
+    rows = [text("lsh", 0, 4096, 1.20), text("lsh", 0, 16_384, 1.15), text("lsh", 1, 4096, 1.10),
+            text("lsh", 1, 16_384, 1.11), text("dense", 0, 4096, 1.3), text("dense", 0, 131_072, 1.5),
+            text("window", 0, 1024, 1.3), text("lsh", 2, 4096, 9.0, setting="R 8"),
+            text("lsh", 3, 4096, 9.0, by={"position": {"0": 9.0}}), {**ROW, "seq_len": 4096}]
+    assert gain_table(arena(tmp_path, *rows)) == [
+        ["task", "model", "seeds", "16,384", "131,072"],
+        ["bytes of real text", "LSH", "2", "+0.020 (-0.010 to +0.050)", "–"],
+        ["bytes of real text", "dense", "1", "–", "-0.200 (-0.200 to -0.200)"]]
+    assert gain_table(arena(tmp_path / "b", ROW)) == []
+    assert "each seed against itself" in str(readme.arena_part(write_arena(tmp_path / "c", rows), "x"))
 
 
 def test_groups_keep_their_order_where_a_model_lacks_some(tmp_path: Path) -> None:

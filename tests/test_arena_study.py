@@ -194,7 +194,7 @@ def test_the_sweep_executes_a_notebook_a_point_and_goes_on(tmp_path: Path, capsy
     assert [(row["setting"], row["task"], row["rounds"]) for row in rows] == [
         ("R 2, W 16, cells x 1", "duplication", 2), ("window 16", "duplication", 4)]
     assert len(list((tmp_path / "sweep" / "notebooks" / "sweep").glob("*.ipynb"))) == 2
-    assert (tmp_path / "sweep" / "arena.png").exists()
+    assert (tmp_path / "sweep" / "arena_curve.png").exists()
     assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
     assert len(read_jsonl(tmp_path / "sweep" / ARENA)[0]) == 2, "nothing is computed twice"
     assert capsys.readouterr().out.count(": there") == 2

@@ -1,7 +1,7 @@
 """`make sweep`: the quality curve, one papermill execution of `quality_point.ipynb` for each point.
 
 What is there already (`arena.jsonl`) is not computed again: a sweep that was killed goes on. The executed notebooks lie
-in `notebooks/sweep/` of the run folder, the curve in `arena.png`.
+in `notebooks/sweep/` of the run folder, the curve in `arena_curve.png`.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ def run_sweep(run_dir: Path, command: str, points: tuple[Point, ...] = POINTS, *
                 print(f"{head}: FAILED\n{failure.excerpt or failure.error}\n  to go on: {command}", flush=True)
                 return 1
             print(f"{head}: ok", flush=True)
-    print(f"the curve: {run.path / 'arena.png'}; next: make dashboard")
+    print(f"the curve: {run.path / 'arena_curve.png'}; next: make dashboard")
     return 0

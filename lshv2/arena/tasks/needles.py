@@ -79,7 +79,7 @@ class KeyValueNeedle(ArenaTask):
         length 21, two asked      a b x  c d y  e f z  g h u  i j v  e f z  a b x
 
     What does not fill a whole needle is symbol 0, at the start. Keys 1 … 255, values 256 … 511, chance 1/256. depth: of
-    each answer; the four are at depths a quarter of the scale apart.
+    each answer; the four are a third of the scale apart, going round: 0, 1/3, 2/3 and 1, then 1/9, 4/9, 7/9 and 0.
     """
 
     name, vocab_size = "kv_needle", 512
@@ -120,7 +120,8 @@ class KeyValueNeedle(ArenaTask):
 class UuidNeedle(ArenaTask):
     """Four needles of a two-byte key and the sixteen bytes of a UUID, in noise of bytes; right when all sixteen are.
 
-        M a b x1 … x16        ids: 0 … 255 the bytes, 256 the marker
+        length 57, two needles    M a b x1 … x16 M c d y1 … y16 M a b x1 … x16      ids: 0 … 255 the bytes,
+                                  . . . .  …  .  . . . .  …  .  . . . x1 … x16      256 the marker
 
     One is asked; the others stand anywhere that is free. Sequences below 95 tokens have fewer. Chance 256^-16.
 

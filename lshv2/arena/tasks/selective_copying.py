@@ -17,7 +17,7 @@ BLANK, MARKER, FIRST, SYMBOLS = 0, 1, 2, 16
 class SelectiveCopying(ArenaTask):
     """16 tokens out of 16 symbols, at places drawn without replacement. Accuracy is by token.
 
-        length 12, 3 tokens      0 0 9 0 0 4 0 0 1 9 4 9        (the last place before the marker held the second 9)
+        length 12, 3 tokens      0 0 9 0 0 4 0 9 1 9 4 9        (the last place before the marker held the second 9)
 
     The answers stand in the sequence, as in ordinary text; Mamba's version asks for all of them at once, after markers
     that tell nothing. Chance 1/16.

@@ -21,13 +21,14 @@ HOPS = 8
 class VariableTracking(ArenaTask):
     """Eight chains, of 1 to 8 hops, in one sequence; at the end each chain's last variable is asked, in any order.
 
-        length 21, chains of 1 and 2 hops      = x 7 . = u 9 . = y x = v u = w v .  ? w 9 ? y 7
-                                               . . . . . . . . . . . . . . . . . .  . . 9 . . 7
+        length 29, chains of 1 and 2 hops    = x 7 = u 9 . . . = y x = v u . . . = w v . . ? w 9 ? y 7
+                                             . . . . . . . . . . . . . . . . . . . . . . . . . 9 . . 7
 
     A hop is an assignment from another variable. No name, and no value, is used twice. Statements stand in order within
-    their chain, at free places anywhere before the questions; in between is noise of 253 words. hops: of each answer.
-    Sequences below 164 tokens have as many chains as fit. Chance 1/256. While a model learns, any variable of a chain
-    is asked, and at the end of each statement the value it gives: a hop is learned where one hop is what is missing.
+    their chain, at multiples of three tokens anywhere before the questions; in between is noise of 253 words. hops: of
+    each answer. Sequences below 164 tokens have as many chains as fit. Chance 1/256. While a model learns, any variable
+    of a chain is asked, and at the end of each statement the value it gives: a hop is learned where one hop is what is
+    missing.
     """
 
     name, vocab_size = "variable_tracking", FIRST_NOISE + NOISE_WORDS
