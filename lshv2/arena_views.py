@@ -128,6 +128,12 @@ def counted(seeds: int) -> str:
     return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
+def seed_range(summaries: Iterable[Summary]) -> str:
+    """`3`, or `3 to 6` where not all have as many."""
+    seeds = sorted({s.seeds for s in summaries if s.seeds} or {0})
+    return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+
+
 def spread(summary: Summary) -> str:
     """`99.1 % (98.2 % to 99.9 %)`: mean, lowest and highest seed; without the range where it shows nothing."""
     middle, low, high = (shown_score(value, summary.metric) for value in (summary.mean, summary.low, summary.high))
@@ -152,9 +158,7 @@ def score_table(arena: Arena) -> list[list[str]]:
                 own = "" if column == s.seq_len else f" at {s.seq_len:,}"
                 told.setdefault(column, []).append((spread(s) or s.status) + own)
             cells = {column: "; ".join(values) for column, values in told.items()}
-            seeds = sorted({s.seeds for s in line if s.seeds} or {0})
-            count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-            table.append(["" if n else _named(mine), name, count, _keys(line[0]),
+            table.append(["" if n else _named(mine), name, seed_range(line), _keys(line[0]),
                           *(cells.get(length, "–") for length in lengths), *(("", "") if n else _extremes(mine))])
     return table
 
@@ -174,6 +178,10 @@ def cost_table(arena: Arena) -> list[list[str]]:
                           _keys(s), f"{s.get('forward_ms'):,.4g}",
                           f"{memory:,.4g}" if math.isfinite(memory) else "not measured"])
     return table if len(table) > 1 else []
+
+
+GAIN = ("What context beyond 4,096 tokens saves, in bits per byte of the same last bytes, each seed against itself "
+        "(below zero: it harms).")
 
 
 def gain_table(arena: Arena, context: int = 4096) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from lshv2.arena_results import CURVE, NEEDLES, PICTURE, TASKS, Arena, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import PUBLISHED, arena_targets
-from lshv2.arena_views import cost_table, gain_table, score_table
+from lshv2.arena_views import GAIN, cost_table, gain_table, score_table
 from lshv2.benchmark_results import read_benchmark
 from lshv2.operator_results import (
     NAMES,
@@ -145,8 +145,7 @@ def _gains(arena: Arena) -> list[str]:
     """What the longer context is worth on text."""
     if not (cells := gain_table(arena)):
         return []
-    return ["What context beyond 4,096 tokens saves, in bits per byte of the same last bytes, each seed against itself "
-            "(below zero: it harms).", ruled(cells, (0, 1))]
+    return [GAIN, ruled(cells, (0, 1))]
 
 
 def _costs(arena: Arena) -> list[str]:

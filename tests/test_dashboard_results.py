@@ -87,6 +87,19 @@ def test_a_quality_curve_says_which_shape_it_advises(shown_runs: Path) -> None:
     assert len(said) == 8 and "window 128" in said
 
 
+def test_text_says_what_a_longer_context_is_worth(shown_runs: Path) -> None:
+    (shown_runs / "quick" / "arena.jsonl").unlink()
+    text = {"task": "bytes", "metric": "bits_per_byte", "setting": "", "status": "ok", "by": {"part": {"end": 1.0}}}
+    seeds = (("lsh", 0, 0.01), ("lsh", 1, 0.03), ("dense", 0, -0.2))
+    write_arena(shown_runs / "quick", [
+        {**text, "model": model, "seed": seed, "seq_len": length, "value": 1.2 - seed * 0.1 - saved * (length > 4096)}
+        for model, seed, saved in seeds for length in (4096, 16_384)])
+    app = page("arena", "quick")
+    saved = {row["model"]: row["16,384"] for row in table(app, "16,384")}
+    assert saved == {"LSH": "+0.020 (+0.010 to +0.030)", "dense": "-0.200 (-0.200 to -0.200)"}
+    assert next(row["seeds"] for row in table(app, "best shortcut")) == "1 to 2"
+
+
 @pytest.mark.parametrize("task, charts", {"passkey": 4, "variable_tracking": 2, "bytes": 3, "my_own_task": 1}.items())
 def test_every_task_of_the_arena_draws_what_it_has(shown_runs: Path, task: str, charts: int) -> None:
     app = page("arena", "quick")

@@ -9,10 +9,34 @@ from ui.data import Noted, downloads, read
 from ui.page import chosen_runs, live, notices, selected
 from ui.style import judged, plain, quantity, show, table
 
-from lshv2.arena_results import BITS, FILE, MODELS, NEEDLES, PICTURE, TASKS, Arena, Summary, find_arenas, read_arena
+from lshv2.arena_results import (
+    BITS,
+    CURVE,
+    FILE,
+    MODELS,
+    NEEDLES,
+    PICTURE,
+    TASKS,
+    Arena,
+    Summary,
+    find_arenas,
+    read_arena,
+)
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import PUBLISHED, arena_targets
-from lshv2.arena_views import Level, grouped, levels, lines, quality_lengths, shown_score, spread, trained_to
+from lshv2.arena_views import (
+    GAIN,
+    Level,
+    gain_table,
+    grouped,
+    levels,
+    lines,
+    quality_lengths,
+    seed_range,
+    shown_score,
+    spread,
+    trained_to,
+)
 from lshv2.benchmark_results import read_benchmark
 from lshv2.run_state import Entry
 from lshv2.runs import runs_root
@@ -81,6 +105,7 @@ def draw() -> None:
     if task in PUBLISHED:
         st.caption(plain(f"Published, by other models and trainings: {PUBLISHED[task]}."))
     overview(arena)
+    gains(arena)
     shapes(arena)
     st.subheader("Targets")
     table(judged(arena_targets(arena.summaries, read(read_benchmark, entries[key]))), "arena targets")
@@ -167,9 +192,16 @@ def overview(arena: Arena) -> None:
                      "tokens": f"{longest:,}", **{words: cells.get(model, "—") for model, words in MODELS.items()},
                      "chance": shown_score(level.chance, here[0].metric) or "—",
                      "best shortcut": _shortcut(level, here[0].metric),
-                     "seeds": str(max(s.seeds for s in here))})
+                     "seeds": seed_range(here)})
     table(rows, "arena overview")
     st.caption("Each task at the longest length that LSH was evaluated at, as trained: mean (lowest to highest seed).")
+
+
+def gains(arena: Arena) -> None:
+    if cells := gain_table(arena):
+        st.subheader("What a longer context is worth")
+        table([dict(zip(cells[0], row, strict=True)) for row in cells[1:]], "arena gains")
+        st.caption(plain(GAIN))
 
 
 def shapes(arena: Arena) -> None:
@@ -180,4 +212,4 @@ def shapes(arena: Arena) -> None:
 
 
 live(draw)
-downloads([entries[key]], (FILE, PICTURE, NEEDLES))
+downloads([entries[key]], (FILE, PICTURE, CURVE, NEEDLES))

@@ -2,7 +2,8 @@
 
 Trained lengths are drawn step by step, each step having about `tokens` tokens or, of a longer one, one sequence. The
 index has cells for 131,072 tokens from the start: a cell holds what it holds at every length, so it must be fine enough
-for the longest. What each choice is worth was tried with one seed (NOTES.md).
+for the longest. Two to four layers of 128 or 256; trees have six, and a tracker that ponders four steps of two blocks.
+What each choice is worth was tried with one seed (NOTES.md).
 """
 
 from __future__ import annotations
