@@ -188,16 +188,17 @@ def test_the_sweep_changes_what_its_points_say(tmp_path: Path) -> None:
 def test_the_sweep_executes_a_notebook_a_point_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nbformat", reason="notebooks are executed")
     some = {"preset": "test", "overrides": {"arena.lengths": [64], "arena.steps": 2}, "seed": 0, "data": None}
-    points = (Point("lsh", 2, 64), Point("window"))
+    points = (Point("lsh", 2, 64), Point("lsh", 1, 64), Point("window"))
     assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
     rows = rows_of(tmp_path / "sweep").values()
     assert [(row["setting"], row["task"], row["rounds"]) for row in rows] == [
-        ("R 2, W 16, cells x 1", "duplication", 2), ("window 16", "duplication", 4)]
-    assert len(list((tmp_path / "sweep" / "notebooks" / "sweep").glob("*.ipynb"))) == 2
+        ("R 2, W 16, cells x 1", "duplication", 2), ("R 1, W 16, cells x 1", "duplication", 1),
+        ("window 16", "duplication", 4)]
+    assert len(list((tmp_path / "sweep" / "notebooks" / "sweep").glob("*.ipynb"))) == 3
     assert (tmp_path / "sweep" / "arena_curve.png").exists()
     assert run_sweep(tmp_path / "sweep", "make sweep", points, **some) == 0
-    assert len(read_jsonl(tmp_path / "sweep" / ARENA)[0]) == 2, "nothing is computed twice"
-    assert capsys.readouterr().out.count(": there") == 2
+    assert len(read_jsonl(tmp_path / "sweep" / ARENA)[0]) == 3, "nothing is computed twice"
+    assert capsys.readouterr().out.count(": there") == 3
 
 
 PLUGIN = """
