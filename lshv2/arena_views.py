@@ -180,6 +180,14 @@ def cost_table(arena: Arena) -> list[list[str]]:
     return table if len(table) > 1 else []
 
 
+def _signed(values: Sequence[float]) -> str:
+    """`+0.022 (+0.010 to +0.039)`, and `+0.000` where all of it is less."""
+    if not values:
+        return "–"
+    middle, low, high = (f"{round(value, 3) + 0.0:+.3f}" for value in (mean(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 GAIN = ("What context beyond 4,096 tokens saves, in bits per byte of the same last bytes, each seed against itself "
         "(below zero: it harms).")
 
@@ -199,9 +207,8 @@ def gain_table(arena: Arena, context: int = 4096) -> list[list[str]]:
             if (with_more := values.get((task, model, seed, length))) is not None:
                 saved[length].append(values[task, model, seed, context] - with_more)
         if any(saved.values()):
-            told = (f"{mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})" if gains else "–"
-                    for gains in saved.values())
-            table.append([TASKS.get(task, task), MODELS.get(model, model), str(len(seeds)), *told])
+            table.append([TASKS.get(task, task), MODELS.get(model, model), str(len(seeds)),
+                          *(_signed(gains) for gains in saved.values())])
     return table if len(table) > 1 else []
 
 
