@@ -18,8 +18,8 @@ Cells are disjoint, so attention finds no key twice, sorts keys once, and is fas
 Keys choose by a centroid's direction, of what sets them apart from the mean of all. Queries rank by it too, or by the
 mean of the cell's keys, length and all (`model.centroids`): keys that hardly differ from the common one, or point
 anywhere, make short means, and a cell of them is looked into last.
-Queries and keys are hashed separately, by functions of one token's vector and stored state and nothing else: that is
-what keeps attention strictly causal.
+Queries and keys are hashed separately, by functions of one token's vector (with `model.hash_positions`, turned by its
+position) and stored state and nothing else: that is what keeps attention strictly causal.
 
 Legend: B batch, H query heads, K key/value heads, T tokens, D head dim, R rounds, P parts, C directions a part.
 """
