@@ -15,10 +15,11 @@ import torch
 from lshv2 import graphs
 from lshv2.arena import learn
 from lshv2.arena.cost import cost
+from lshv2.arena.job import _configure, run_job
 from lshv2.arena.judge import _batches, judge
 from lshv2.arena.recipes import ATTENTIONS, LONGEST, RECIPES, recipe
 from lshv2.arena.registry import get_task, task_names
-from lshv2.arena.study import _configure, plan, run_job
+from lshv2.arena.study import plan
 from lshv2.arena.task import REGISTERED, ArenaTask, Examples
 from lshv2.data.jsonl import IGNORED
 from lshv2.model import LSHModel

@@ -16,12 +16,13 @@ import torch
 from project_files import ROOT
 
 from lshv2.arena import study
+from lshv2.arena.job import run_job
 from lshv2.arena.judge import judge
 from lshv2.arena.phase import publish, run_arena
 from lshv2.arena.pool import in_order, run_pool
 from lshv2.arena.recipes import RECIPES
 from lshv2.arena.registry import get_task
-from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena.study import ARENA, Job, missing, plan, rows_of
 from lshv2.arena.sweep import LIGHTER_DENSE, POINTS, TASKS, Point, sweep_jobs
 from lshv2.arena.task import REGISTERED
 from lshv2.arena.tasks.text import Text

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lshv2.arena.job import run_job
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import ARENA, Job, missing, plan, rows_of, run_job
+from lshv2.arena.study import ARENA, Job, missing, plan, rows_of
 from lshv2.arena.sweep import Point, job_of
 from lshv2.arena_plots import write_pictures
 from lshv2.arena_results import summarise

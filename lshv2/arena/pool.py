@@ -12,7 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena.study import Job, missing, rows_of, run_job
+from lshv2.arena.job import run_job
+from lshv2.arena.study import Job, missing, rows_of
 
 
 def visible_gpus() -> list[str]:

@@ -1,36 +1,30 @@
 """The study: which models are trained and judged, and what is there already.
 
-    for job in plan(tasks, attentions, seeds): run_job(job, folder)     # side by side: `lshv2.arena.pool.run_pool`
+    for job in plan(tasks, attentions, seeds): missing(job, rows_of(folder))     # [(setting, length), ...]
 
-A job trains one model and judges it at each length; each length is a line of `arena.jsonl`, written when it is there.
-The weights lie in `arena/` beside it, with what they were trained with, so that a killed study trains nothing twice.
+A job trains one model and judges it at each length; each length is a line of `arena.jsonl` (`lshv2.arena.job`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, RECIPES, VARIANTS, Attention, Recipe, recipe
 from lshv2.arena.registry import get_task, load_plugins
-from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
 from lshv2.errors import UserError
-from lshv2.machine import git_state, torch_version
-from lshv2.runs import append_jsonl, atomic_path, read_jsonl
+from lshv2.runs import read_jsonl
 
 ARENA = "arena.jsonl"
 # Of a model without pondering nothing reads these: they count as they were when the first rows were written.
 UNUSED = {"ponder_prior": 0.3, "ponder_beta": 0.1, "ponder_threshold": 0.5}
 # Settings that came later count where they are used.
 LATER = {"softmax_scale": "constant", "centroids": "unit", "hash_positions": False}
-SCHEMA = 1
 Row = dict[str, Any]
 
 
@@ -140,114 +134,13 @@ def rows_of(folder: Path) -> dict[tuple[Any, ...], Row]:
 
 def missing(job: Job, rows: dict[tuple[Any, ...], Row]) -> list[tuple[str, int]]:
     """(setting, length) still to be judged. Too little memory is an answer only where no other job had some of it."""
-    wanted = [(_named(job, name), n) for name, _ in job.settings for n in job.lengths]
+    wanted = [(named(job, name), n) for name, _ in job.settings for n in job.lengths]
     there = {(row["setting"], row["seq_len"]) for row in rows.values()
              if row.get("trained_as") == job.trained_as and row["sequences"] >= job.recipe.sequences
              and not (row["status"] == "out of memory" and row.get("shared"))}
     return [each for each in wanted if each not in there]
 
 
-def _named(job: Job, setting: str) -> str:
+def named(job: Job, setting: str) -> str:
     """What a row's `setting` says: how the model differs, and what the judging changed."""
     return ", ".join(part for part in (job.label, setting, f"sequences {job.asked}" if job.asked else "") if part)
-
-
-def run_job(
-    job: Job, folder: Path, report: Callable[[str], None] = print, command: str = "",
-    on_step: Callable[[int, float], None] = lambda step, loss: None, shared: bool = False,
-) -> int:
-    """Train the model, unless its weights are there, and judge what is missing; returns the number of new rows.
-
-    report: a line for each measurement. on_step: see `learn.train`. shared: others use the GPU at the same time.
-    """
-    load_plugins(job.plugins)
-    todo = missing(job, rows_of(folder))
-    if not todo:
-        return 0
-    task = get_task(job.task)
-    task.prepare(folder / "arena")
-    model, fixed = _trained(job, task, folder / "arena", on_step)
-    for setting, length in todo:
-        judged_with = {_named(job, name): dict(changed) for name, changed in job.settings}
-        _configure(model, job.config.model_copy(update=judged_with[setting]))
-        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length, not shared),
-               "shared": shared, "command": command}
-        append_jsonl(folder / ARENA, row)
-        shown = "-" if row["value"] is None else f"{row['value']:.4f}"
-        report(f"{job.task} {job.model} seed {job.seed} {setting} {length}: {task.metric} {shown}")
-    return len(todo)
-
-
-def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, float], None]) -> tuple[Any, Row]:
-    """The model, from `folder` if it lies there, and what all its rows say."""
-    import torch
-
-    from lshv2.arena.learn import train
-    from lshv2.benchmark.worker import device_name
-    from lshv2.model import LSHModel
-    from lshv2.trainer import pick_device
-
-    device = pick_device()
-    model = LSHModel(job.config, job.seed).to(device)
-    label = re.sub(r"\W+", "-", f"-{job.label}") if job.label else ""
-    weights = folder / f"{job.task}-{job.model}-{job.seed}{label}.pt"
-    state = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
-    if state.get("trained_as") == job.trained_as:
-        model.load_state_dict(state["model"])
-    else:
-        task.split = "train"
-        figures = train(model, task, job.recipe, job.seed, device, on_step, job.plugins)
-        state = {"trained_as": job.trained_as, "figures": figures, "model": model.state_dict()}
-        with atomic_path(weights) as temporary:
-            torch.save(state, temporary)
-    return model, {
-        "schema": SCHEMA, "task": job.task, "model": job.model, "seed": job.seed, "trained_as": job.trained_as,
-        "trained_by": job.trained_by, "trained_len": max(job.recipe.lengths), "steps": state["figures"]["steps"],
-        "train_seconds": state["figures"]["train_seconds"], "parameters": model.count_parameters(),
-        "device": device_name(device), "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "torch": torch_version(), **git_state(),
-    }
-
-
-def _judged(job: Job, task: ArenaTask, model: Any, length: int, timed: bool) -> Row:
-    """What was found at one length; a null value where it does not fit into memory, or the task has no such length.
-    timed: what a sequence costs too, which beside other jobs would tell nothing."""
-    import torch
-
-    from lshv2.arena.cost import cost
-    from lshv2.arena.judge import judge
-
-    config: ModelConfig = model.config
-    device = next(model.parameters()).device
-    task.split = "eval"
-    try:
-        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device, job.asked),
-                  **(cost(model, task, length, device) if timed else {})}
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        result = {"metric": task.metric, "value": None, "status": "out of memory", "reason": str(error)[:200],
-                  "sequences": job.recipe.sequences}
-    except UserError as error:
-        result = {"metric": task.metric, "value": None, "status": "not run", "reason": str(error)[:200],
-                  "sequences": job.recipe.sequences}
-    return {
-        **result, "rounds": config.n_rounds, "bucket_size": config.bucket_size,
-        "n_buckets": config.resolved_n_buckets, "window": config.window, "keys_a_query": _keys(config),
-        **({"centroids": config.centroids} if config.attention == "lsh" else {}),
-        "time": time.time(),
-    }
-
-
-def _keys(config: ModelConfig) -> int | None:
-    """Keys that a query sees at most; None: all."""
-    if config.attention == "dense":
-        return None
-    found = config.n_rounds * config.bucket_size if config.attention == "lsh" else 0
-    return config.window + config.n_global + found
-
-
-def _configure(model: Any, config: ModelConfig) -> None:
-    """Another number of probes, or bucket size, of a trained model."""
-    model.config = config
-    for block in model.blocks:
-        block.attention.config = config

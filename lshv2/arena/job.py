@@ -1,0 +1,126 @@
+"""One job of the study: a model trained, judged at each length that is missing, a line of `arena.jsonl` for each.
+
+    for job in plan(tasks, attentions, seeds): run_job(job, folder)     # side by side: `lshv2.arena.pool.run_pool`
+
+Lines are written when they are there. The weights lie in `arena/` beside them, with what they were trained with, so
+that a killed study trains nothing twice.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lshv2.arena.registry import get_task, load_plugins
+from lshv2.arena.study import ARENA, Job, Row, missing, named, rows_of
+from lshv2.arena.task import ArenaTask
+from lshv2.config import ModelConfig
+from lshv2.errors import UserError
+from lshv2.machine import git_state, torch_version
+from lshv2.runs import append_jsonl, atomic_path
+
+SCHEMA = 1
+
+
+def run_job(
+    job: Job, folder: Path, report: Callable[[str], None] = print, command: str = "",
+    on_step: Callable[[int, float], None] = lambda step, loss: None, shared: bool = False,
+) -> int:
+    """Train the model, unless its weights are there, and judge what is missing; returns the number of new rows.
+
+    report: a line for each measurement. on_step: see `learn.train`. shared: others use the GPU at the same time.
+    """
+    load_plugins(job.plugins)
+    todo = missing(job, rows_of(folder))
+    if not todo:
+        return 0
+    task = get_task(job.task)
+    task.prepare(folder / "arena")
+    model, fixed = _trained(job, task, folder / "arena", on_step)
+    for setting, length in todo:
+        judged_with = {named(job, name): dict(changed) for name, changed in job.settings}
+        _configure(model, job.config.model_copy(update=judged_with[setting]))
+        row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length, not shared),
+               "shared": shared, "command": command}
+        append_jsonl(folder / ARENA, row)
+        shown = "-" if row["value"] is None else f"{row['value']:.4f}"
+        report(f"{job.task} {job.model} seed {job.seed} {setting} {length}: {task.metric} {shown}")
+    return len(todo)
+
+
+def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, float], None]) -> tuple[Any, Row]:
+    """The model, from `folder` if it lies there, and what all its rows say."""
+    import torch
+
+    from lshv2.arena.learn import train
+    from lshv2.benchmark.worker import device_name
+    from lshv2.model import LSHModel
+    from lshv2.trainer import pick_device
+
+    device = pick_device()
+    model = LSHModel(job.config, job.seed).to(device)
+    label = re.sub(r"\W+", "-", f"-{job.label}") if job.label else ""
+    weights = folder / f"{job.task}-{job.model}-{job.seed}{label}.pt"
+    state = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
+    if state.get("trained_as") == job.trained_as:
+        model.load_state_dict(state["model"])
+    else:
+        task.split = "train"
+        figures = train(model, task, job.recipe, job.seed, device, on_step, job.plugins)
+        state = {"trained_as": job.trained_as, "figures": figures, "model": model.state_dict()}
+        with atomic_path(weights) as temporary:
+            torch.save(state, temporary)
+    return model, {
+        "schema": SCHEMA, "task": job.task, "model": job.model, "seed": job.seed, "trained_as": job.trained_as,
+        "trained_by": job.trained_by, "trained_len": max(job.recipe.lengths), "steps": state["figures"]["steps"],
+        "train_seconds": state["figures"]["train_seconds"], "parameters": model.count_parameters(),
+        "device": device_name(device), "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "torch": torch_version(), **git_state(),
+    }
+
+
+def _judged(job: Job, task: ArenaTask, model: Any, length: int, timed: bool) -> Row:
+    """What was found at one length; a null value where it does not fit into memory, or the task has no such length.
+    timed: what a sequence costs too, which beside other jobs would tell nothing."""
+    import torch
+
+    from lshv2.arena.cost import cost
+    from lshv2.arena.judge import judge
+
+    config: ModelConfig = model.config
+    device = next(model.parameters()).device
+    task.split = "eval"
+    try:
+        result = {"status": "ok", **judge(model, task, length, job.recipe.sequences, device, job.asked),
+                  **(cost(model, task, length, device) if timed else {})}
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        result = {"metric": task.metric, "value": None, "status": "out of memory", "reason": str(error)[:200],
+                  "sequences": job.recipe.sequences}
+    except UserError as error:
+        result = {"metric": task.metric, "value": None, "status": "not run", "reason": str(error)[:200],
+                  "sequences": job.recipe.sequences}
+    return {
+        **result, "rounds": config.n_rounds, "bucket_size": config.bucket_size,
+        "n_buckets": config.resolved_n_buckets, "window": config.window, "keys_a_query": _keys(config),
+        **({"centroids": config.centroids} if config.attention == "lsh" else {}),
+        "time": time.time(),
+    }
+
+
+def _keys(config: ModelConfig) -> int | None:
+    """Keys that a query sees at most; None: all."""
+    if config.attention == "dense":
+        return None
+    found = config.n_rounds * config.bucket_size if config.attention == "lsh" else 0
+    return config.window + config.n_global + found
+
+
+def _configure(model: Any, config: ModelConfig) -> None:
+    """Another number of probes, or bucket size, of a trained model."""
+    model.config = config
+    for block in model.blocks:
+        block.attention.config = config
