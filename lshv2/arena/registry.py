@@ -11,6 +11,8 @@ import lshv2.arena.tasks  # noqa: F401 - registers its own
 from lshv2.arena.task import REGISTERED, ArenaTask
 from lshv2.errors import UserError
 
+_LOADED: dict[Path, bytes] = {}  # plugins that were run, as they were: a second run would make other classes
+
 
 def task_names() -> list[str]:
     """Every known task, in the order of registration."""
@@ -26,16 +28,36 @@ def get_task(name: str) -> ArenaTask:
 
 
 def load_plugins(paths: Iterable[str]) -> None:
-    """Run Python files that register tasks of their own; raises UserError where one cannot be run."""
+    """Run Python files that register tasks of their own, a file as it stands once a process.
+
+    Raises UserError where one cannot be run or registers nothing.
+    """
     for given in paths:
-        path = Path(given).expanduser()
-        name = f"lshv2_arena_plugin_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None or not path.is_file():
+        path = Path(given).expanduser().resolve()
+        if path.suffix != ".py" or not path.is_file():
             raise UserError(f"arena.plugins: {path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise UserError(f"arena.plugins: {path} cannot be run: {type(error).__name__}: {error}") from error
+        content = path.read_bytes()
+        if _LOADED.get(path) != content:
+            _load(path)
+            _LOADED[path] = content
+
+
+def _load(path: Path) -> None:
+    name = f"lshv2_arena_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    before = dict(REGISTERED)
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        raise UserError(f"arena.plugins: {path}: {error}") from error
+    except Exception as error:
+        raise UserError(f"arena.plugins: {path} cannot be run: {type(error).__name__}: {error}") from error
+    new = [task for task in REGISTERED.values() if before.get(task.name) is not task]
+    if not new:
+        raise UserError(f"arena.plugins: {path} registers no task: put @register above its class")
+    for task in new:
+        if "source" in vars(task) and task.source:  # else it would be looked for where the process happens to run
+            task.source = str(path.parent / Path(task.source).expanduser())

@@ -18,6 +18,8 @@ task may ask more, and what the sequence does not say. Nothing here needs torch.
 
 from __future__ import annotations
 
+import inspect
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +54,11 @@ class ArenaTask(ABC):
 
     exact: a sequence counts as right only when all its answers are. min_length: shorter sequences do not fit.
     metric: "accuracy", or "bits_per_byte", of which less is better. version: raised whenever the sequences change, so
-    that models of earlier ones are trained and judged anew; so does another `source`, what the sequences are made of.
-    in_processes: drawing is Python rather than numpy, so that training draws in processes instead of threads. like: the
-    task whose recipe it learns by, unless `recipes.RECIPES` has one under its own name. paired: all lengths are drawn
-    by the same random numbers. headline: the group and the label whose mean is the value; None: all answers.
+    that models of earlier ones are trained and judged anew; so does another `source`, what the sequences are made of (a
+    relative path begins at the folder of the class's file). in_processes: drawing is Python rather than numpy, so that
+    training draws in processes instead of threads. like: the task whose recipe it learns by, unless `recipes.RECIPES`
+    has one under its own name. paired: all lengths are drawn by the same random numbers. headline: the group and the
+    label whose mean is the value; None: all answers.
     """
 
     name: ClassVar[str]
@@ -91,7 +94,18 @@ REGISTERED: dict[str, type[ArenaTask]] = {}
 
 
 def register(task: type[ArenaTask]) -> type[ArenaTask]:
-    """Make a task known by its name; a class decorator. The later one of two of one name counts."""
+    """Make a task known by its name; a class decorator. The later one of two of one name counts.
+
+    Raises UserError where the class lacks what a task must have.
+    """
+    name, size = str(getattr(task, "name", "")), getattr(task, "vocab_size", None)
+    lacking = [what for what, there in (
+        ("a name of letters, digits, '.', '_' and '-'", re.fullmatch(r"[\w.-]+", name)),
+        ("a vocab_size of 1 or more", isinstance(size, int) and size > 0),
+        ("a method draw(generator, n, length)", not inspect.isabstract(task)),
+    ) if not there]
+    if lacking:
+        raise UserError(f"class {task.__name__} is no task yet: it needs {' and '.join(lacking)}")
     REGISTERED[task.name] = task
     return task
 
