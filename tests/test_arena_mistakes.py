@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from lshv2.arena.job import run_job
 from lshv2.arena.registry import get_task, load_plugins
+from lshv2.arena.study import ARENA, missing, plan, rows_of
 from lshv2.arena.task import REGISTERED
 from lshv2.errors import UserError
+from lshv2.runs import append_jsonl, read_jsonl
 
 
 
@@ -56,3 +60,24 @@ def test_a_plugin_is_run_once_as_it_stands(tmp_path: Path) -> None:
     plugin.write_text(text + "class Mine(Text):\n    name, source, version = 'mine', '/books', 9\n")
     load_plugins([str(plugin)])
     assert (get_task("mine").version, get_task("mine").source) == (9, "/books")
+
+
+def test_lines_and_weights_that_are_torn_cost_their_own_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, = plan(["induction"], ("lsh",), (0,), (64,), True, changes={"steps": 1, "sequences": 2})
+    run_job(job, tmp_path)
+    whole = read_jsonl(tmp_path / ARENA)[0][0]
+    append_jsonl(tmp_path / ARENA, {"task": "induction", "trained_as": job.trained_as})
+    assert missing(job, rows_of(tmp_path)) == []
+    weights = tmp_path / "arena" / "induction-lsh-0.pt"
+    (tmp_path / ARENA).unlink()
+    for content in (weights.read_bytes()[:3000], b"1", b""):
+        weights.write_bytes(content)
+        assert run_job(job, tmp_path) == 1
+        assert "induction-lsh-0.pt is unreadable" in capsys.readouterr().out
+        again = read_jsonl(tmp_path / ARENA)[0][0]
+        assert again["value"] == whole["value"], "trained anew"
+        (tmp_path / ARENA).unlink()
+    torch.save([1], weights)
+    assert run_job(job, tmp_path) == 1 and "not an arena model" in capsys.readouterr().out

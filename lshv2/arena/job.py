@@ -25,13 +25,23 @@ from lshv2.runs import append_jsonl, atomic_path
 SCHEMA = 1
 
 
+def shown(row: Row) -> str:
+    """A row's value, or why there is none."""
+    return f"- ({row['status']}: {row['reason']})" if row["value"] is None else f"{row['value']:.4f}"
+
+
+def say(row: Row) -> None:
+    about = f"{row['task']} {row['model']} seed {row['seed']} {row['setting']} {row['seq_len']}"
+    print(f"{about}: {row['metric']} {shown(row)}", flush=True)
+
+
 def run_job(
-    job: Job, folder: Path, report: Callable[[str], None] = print, command: str = "",
+    job: Job, folder: Path, report: Callable[[Row], None] = say, command: str = "",
     on_step: Callable[[int, float], None] = lambda step, loss: None, shared: bool = False,
 ) -> int:
     """Train the model, unless its weights are there, and judge what is missing; returns the number of new rows.
 
-    report: a line for each measurement. on_step: see `learn.train`. shared: others use the GPU at the same time.
+    report: called with each new row. on_step: see `learn.train`. shared: others use the GPU at the same time.
     """
     load_plugins(job.plugins)
     todo = missing(job, rows_of(folder))
@@ -46,8 +56,7 @@ def run_job(
         row = {**fixed, "setting": setting, "seq_len": length, **_judged(job, task, model, length, not shared),
                "shared": shared, "command": command}
         append_jsonl(folder / ARENA, row)
-        shown = "-" if row["value"] is None else f"{row['value']:.4f}"
-        report(f"{job.task} {job.model} seed {job.seed} {setting} {length}: {task.metric} {shown}")
+        report(row)
     return len(todo)
 
 
@@ -64,7 +73,7 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
     model = LSHModel(job.config, job.seed).to(device)
     label = re.sub(r"\W+", "-", f"-{job.label}") if job.label else ""
     weights = folder / f"{job.task}-{job.model}-{job.seed}{label}.pt"
-    state = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
+    state = _state(weights)
     if state.get("trained_as") == job.trained_as:
         model.load_state_dict(state["model"])
     else:
@@ -80,6 +89,25 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
         "device": device_name(device), "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "torch": torch_version(), **git_state(),
     }
+
+
+def _state(weights: Path) -> dict[str, Any]:
+    """What lies there; empty where nothing does, or nothing readable."""
+    import torch
+
+    if not weights.is_file():
+        return {}
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if set(state) >= {"trained_as", "figures", "model"}:
+            return dict(state)
+        problem = "not an arena model"
+    except OSError:  # it may be whole: not to be overwritten
+        raise
+    except Exception as error:  # a torn file raises anything: KeyError, EOFError, UnpicklingError, RuntimeError
+        problem = f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]
+    print(f"{weights.name} is unreadable ({problem}): its model is trained anew", flush=True)
+    return {}
 
 
 def _judged(job: Job, task: ArenaTask, model: Any, length: int, timed: bool) -> Row:

@@ -9,6 +9,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -116,12 +117,23 @@ def _drawn(
         try:
             for step in range(recipe.steps):
                 while len(coming) < AHEAD and step + len(coming) < recipe.steps:
-                    coming.append(pool.submit(_draw, task, recipe, seed, step + len(coming)))
+                    with _deaf_to_interrupts():
+                        coming.append(pool.submit(_draw, task, recipe, seed, step + len(coming)))
                 ids, labels = coming.popleft().result()
                 yield to_device(ids, device), to_device(labels, device)
         finally:
             for future in coming:
                 future.cancel()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """For what is started here: an interrupt ends the process that trains, and its end those that draw for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _draw(task: ArenaTask, recipe: Recipe, seed: int, step: int) -> Drawn:

@@ -6,14 +6,19 @@ import math
 import multiprocessing
 import os
 import queue
+import signal
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena.job import run_job
+from lshv2.arena.job import run_job, shown
 from lshv2.arena.study import Job, missing, rows_of
+
+INTERRUPTED = 130
 
 
 def visible_gpus() -> list[str]:
@@ -34,13 +39,15 @@ def run_pool(
     called after each that ended, well or not. What failed beside other jobs, as for want of memory, is tried once more
     alone on its GPU.
     """
-    deadline = time.time() + time_limit
+    began = time.time()
+    deadline = began + time_limit
     _pass(jobs, folder, gpus, deadline, command, on_done)
     alone = list(dict.fromkeys(gpus))
     if len(alone) < len(gpus) and time.time() < deadline:
-        _pass(jobs, folder, alone, deadline, command)
+        rows = rows_of(folder)
+        _pass([job for job in jobs if missing(job, rows, began)], folder, alone, deadline, command)
     rows = rows_of(folder)
-    return sum(bool(missing(job, rows)) for job in jobs)
+    return sum(bool(missing(job, rows, began)) for job in jobs)
 
 
 def _pass(
@@ -70,6 +77,11 @@ def _pass(
             except Exception as error:
                 print(f"FAILED {job.task} {job.model} seed {job.seed}: {type(error).__name__}: {error}", flush=True)
             on_done(job)
+    except KeyboardInterrupt:  # a terminal's reaches the processes by itself, a `kill` does not
+        for process in multiprocessing.active_children():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGINT)
+        raise
     finally:  # after an interrupt nothing that waits begins
         pool.shutdown(cancel_futures=True)
         while not slots.empty():
@@ -85,6 +97,7 @@ class _Slot:
 
     def run(self, work: Callable[..., str], *arguments: Any) -> str:
         if self.process is None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of what it starts
             self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
         try:
             return self.process.submit(work, *arguments).result()
@@ -105,7 +118,18 @@ def in_order(jobs: list[Job]) -> list[Job]:
 
 
 def _choose_gpu(gpu: str) -> None:
+    """How a process begins. An interrupt ends it without a word: at once while nothing is done, else as an exception,
+    so that what the job started ends too."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # else started to go on all the same, as by nohup
+    signal.signal(signal.SIGINT, (lambda *_: os._exit(INTERRUPTED)) if heard else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, _leave if heard else signal.SIG_IGN)
+
+
+def _leave(*_: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(INTERRUPTED)
 
 
 def _work(job: Job, folder: Path, deadline: float, command: str, shared: bool) -> str:
@@ -113,7 +137,7 @@ def _work(job: Job, folder: Path, deadline: float, command: str, shared: bool) -
     if time.time() > deadline:
         return f"{label}: not started, the time is up"
     began, values, losses = time.monotonic(), list[str](), list[float]()
-    run_job(job, folder, lambda line: values.append(line.rsplit(" ", 1)[1]), command,
+    run_job(job, folder, lambda row: values.append(shown(row)), command,
             lambda step, loss: losses.append(loss), shared)
-    shown = " ".join(f"{loss:.4f}" for loss in losses[:: max(1, len(losses) // 8)])
-    return f"{label}: {' '.join(values)}  ({time.monotonic() - began:.0f} s; losses on the way {shown})"
+    curve = " ".join(f"{loss:.4f}" for loss in losses[:: max(1, len(losses) // 8)])
+    return f"{label}: {' '.join(values)}  ({time.monotonic() - began:.0f} s; losses on the way {curve})"

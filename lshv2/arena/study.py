@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 from lshv2.arena.recipes import ASKED_WITH, ATTENTIONS, LENGTHS, RECIPES, VARIANTS, Attention, Recipe, recipe
 from lshv2.arena.registry import get_task, load_plugins
+from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
 from lshv2.errors import UserError
 from lshv2.runs import read_jsonl
+from lshv2.tolerant import number
 
 ARENA = "arena.jsonl"
 # Of a model without pondering nothing reads these: they count as they were when the first rows were written.
@@ -74,6 +77,11 @@ class Job:
         return hashlib.sha256(json.dumps([name, seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def recipe_of(task: ArenaTask, small: bool = False) -> Recipe:
+    """Its own, else that of the task it is like."""
+    return recipe(task.name if task.name in RECIPES else task.like, small)
+
+
 def plan(
     tasks: Sequence[str], attentions: Sequence[Attention] = ATTENTIONS, seeds: Sequence[int] = (0,),
     lengths: Sequence[int] | None = None, small: bool = False, plugins: Sequence[str] = (),
@@ -89,7 +97,7 @@ def plan(
     jobs = []
     for name in tasks:
         task = get_task(name)
-        how = replace(recipe(name if name in RECIPES else task.like, small), **(changes or {}))
+        how = replace(recipe_of(task, small), **(changes or {}))
         judged = tuple(n for n in lengths or how.judged or LENGTHS if n >= task.min_length)
         if not judged:
             raise UserError(f"arena: no length is long enough for {name}, which takes {task.min_length} tokens or more")
@@ -132,12 +140,14 @@ def rows_of(folder: Path) -> dict[tuple[Any, ...], Row]:
     return {key(row): row for row in rows}
 
 
-def missing(job: Job, rows: dict[tuple[Any, ...], Row]) -> list[tuple[str, int]]:
-    """(setting, length) still to be judged. Too little memory is an answer only where no other job had some of it."""
+def missing(job: Job, rows: dict[tuple[Any, ...], Row], since: float = math.inf) -> list[tuple[str, int]]:
+    """(setting, length) still to be judged. Too little memory is an answer only where no other job had some of it, and
+    a length that a source did not have only if it was asked for after `since` (Unix seconds): files change."""
     wanted = [(named(job, name), n) for name, _ in job.settings for n in job.lengths]
-    there = {(row["setting"], row["seq_len"]) for row in rows.values()
-             if row.get("trained_as") == job.trained_as and row["sequences"] >= job.recipe.sequences
-             and not (row["status"] == "out of memory" and row.get("shared"))}
+    there = {(row.get("setting"), row.get("seq_len")) for row in rows.values()
+             if row.get("trained_as") == job.trained_as and number(row.get("sequences")) >= job.recipe.sequences
+             and not (row.get("status") == "out of memory" and row.get("shared"))
+             and not (row.get("status") == "not run" and number(row.get("time")) < since)}
     return [each for each in wanted if each not in there]
 
 
