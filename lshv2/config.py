@@ -283,7 +283,7 @@ ArenaAttention = Literal["lsh", "dense", "dense_scaled", "window"]  # dense_scal
 class ArenaConfig(Section):
     """The arena: what models can do with their context, by length. Recipes (`lshv2.arena.recipes`) decide the rest."""
 
-    tasks: tuple[str, ...] = Field((), description="of `python -m lshv2.arena --help`; empty: all of them")
+    tasks: tuple[str, ...] = Field((), description="names that `python -m lshv2.arena --help` lists; empty: all")
     attentions: tuple[ArenaAttention, ...] = get_args(ArenaAttention)
     seeds: PositiveInt = Field(3, description="models of each kind; seeds count from the run's")
     lengths: tuple[PositiveInt, ...] | None = Field(None, description="judged; None: the recipe's, up to 131,072")

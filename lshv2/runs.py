@@ -183,7 +183,7 @@ def hold(run_dir: Path, command: str) -> Iterator[None]:
         holder = read_json(note)[0] or {}
         raise UserError(
             f"run {run_dir.name} is being written by process {holder.get('pid', '?')} since {holder.get('since', '?')} "
-            f"({holder.get('command', '?')}): wait for it, or choose another name with RUN="
+            f"({holder.get('command', '?')}): wait for it, or choose another folder (make: RUN=)"
         ) from None
 
 

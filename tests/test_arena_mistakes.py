@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from project_files import ROOT
 
+from lshv2.arena.__main__ import main
 from lshv2.arena.job import run_job
-from lshv2.arena.registry import get_task, load_plugins
+from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.study import ARENA, missing, plan, rows_of
+from lshv2.arena.sweep import Point
 from lshv2.arena.task import REGISTERED
+from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
-from lshv2.runs import append_jsonl, read_jsonl
+from lshv2.runner.sweep import run_sweep
+from lshv2.runs import append_jsonl, hold, read_jsonl
 
+SMALL = ("--small", "--seeds", "0", "--attentions", "lsh", "--steps", "2", "--sequences", "4")
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +36,50 @@ def _only_known_tasks() -> Iterator[None]:
     yield
     REGISTERED.clear()
     REGISTERED.update(before)
+
+
+def arena(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """The command line in this process; what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["arena", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
+
+
+OUT = {"a file": "file", "below a file": "file/out", "where nothing can be made": "/proc/none"}
+
+
+@pytest.mark.parametrize("case", OUT)
+def test_an_unusable_folder_is_one_line(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    said = arena(tmp_path / OUT[case], *SMALL, "--tasks", "induction", monkeypatch=monkeypatch)
+    assert str(said).startswith("error: ") and "nothing can be written there" in str(said) and "\n" not in str(said)
+
+
+@pytest.mark.parametrize("option, value", [("--steps", "-1"), ("--steps", "0"), ("--sequences", "-2"),
+                                           ("--sequences", "0"), ("--asked", "-1"), ("--seeds", "-1"),
+                                           ("--lengths", "0")])
+def test_a_number_out_of_range_is_refused(
+    option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert arena(tmp_path, *SMALL, "--tasks", "induction", option, value, monkeypatch=monkeypatch) == 2
+    assert f"argument {option}: '{value}' is not a whole number of" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert arena("--help", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out.split("tasks: ")[-1]
+    assert said.replace(",", "").split() == task_names()
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(tmp_path, "another one"):
+        said = arena(tmp_path, *SMALL, "--tasks", "induction", monkeypatch=monkeypatch)
+    assert f"is being written by process {os.getpid()}" in str(said) and "(another one)" in str(said)
+    assert not (tmp_path / ARENA).exists()
 
 
 HEAD = "import numpy as np\nfrom lshv2.arena.task import ArenaTask, Examples, register\n"
@@ -62,6 +119,81 @@ def test_a_plugin_is_run_once_as_it_stands(tmp_path: Path) -> None:
     assert (get_task("mine").version, get_task("mine").source) == (9, "/books")
 
 
+DRAWS = HEAD + """
+@register
+class Mine(ArenaTask):
+    name, vocab_size = "mine", 8
+    def draw(self, generator, n, length):
+        ids = generator.integers(8, size=(n, length))
+        labels, groups = np.full_like(ids, -100), dict()
+        labels[:, -1] = ids[:, -1]
+        {wrong}
+        return Examples(ids, labels, groups)
+"""
+WRONG = {
+    "ids[0, 3] = 8": "learn by: input_ids go from 0 to 8, beyond 0 to 7 (vocab_size)",
+    "labels[0, 3] = -1": "learn by: labels go from -1 to",
+    "labels[:, 1:] = -100": "learn by: no answers: every label after the first is -100",
+    "labels = labels[:, 1:]": "learn by: labels are int64 [8, 63], not a numpy array of whole numbers [8, 64]",
+    "ids = ids.tolist()": "learn by: input_ids are list, not a numpy array of whole numbers [8, 64]",
+    "return ids, labels": "learn by: draw gave tuple, not Examples(input_ids, labels, groups)",
+    "labels[0, -2] = 1": "judge by: 1 to 2 answers a sequence; all need as many",
+    "groups['depth'] = np.zeros(3)": "judge by: group 'depth' is [3], not [4] (sequences) or [4, 1] (answers)",
+    "self.headline = 'depth', '0'": "judge by: headline is of a group 'depth'; there are: none",
+}
+
+
+def tried(wrong: str, folder: Path) -> None:
+    (folder / "mine.py").write_text(DRAWS.format(wrong=wrong))
+    try_draws(plan(["mine"], ("lsh",), (0,), (64,), True, [str(folder / "mine.py")], {"sequences": 4}), None)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_learnt_from_or_judged_is_said_at_once(wrong: str, tmp_path: Path) -> None:
+    tried("pass", tmp_path)
+    with pytest.raises(UserError) as said:
+        tried(wrong, tmp_path)
+    head = r"arena: mine, [48] sequences of 64 tokens to "
+    assert re.match(head + re.escape(WRONG[wrong]), str(said.value)), said.value
+
+
+def test_a_length_that_a_task_cannot_have_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = arena(tmp_path, *SMALL, "--tasks", "duplication", "--lengths", "64", "65", monkeypatch=monkeypatch)
+    assert str(said).startswith("error: arena: duplication, 4 sequences of 65 tokens to judge by: ")
+    assert not (tmp_path / "arena").exists() and not (tmp_path / ARENA).exists()
+
+
+TREES = """
+from lshv2.arena.task import register
+from lshv2.arena.tasks.listops import ListOps
+
+@register
+class Lra(ListOps):
+    name, like, source, in_processes = "lra", "listops", "trees.tsv", False
+"""
+
+
+def test_a_published_file_that_is_mended_is_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too few trees for every length: nothing is trained. Too long for one length: its row and the screen say so."""
+    plugin, trees, out = tmp_path / "mine.py", tmp_path / "trees.tsv", tmp_path / "out"
+    plugin.write_text(TREES)
+    trees.write_text("Source\tTarget\n")
+    job, = plan(["lra"], ("lsh",), (0,), (6, 64), True, [str(plugin)], {"steps": 1, "sequences": 2})
+    with pytest.raises(UserError, match="2 sequences of 6 tokens to judge by: .*trees.tsv has 0 trees"):
+        try_draws([job], out / "arena")
+    trees.write_text("Source\tTarget\n[MAX 1 2 ]\t2\n[MIN 3 4 5 6 ]\t3\n")
+    try_draws([job], out / "arena")
+    began = time.time()
+    assert run_job(job, out) == 2
+    assert re.search(r"lra lsh seed 0  6: accuracy - \(not run: .* 2 trees of up to 8 tokens", capsys.readouterr().out)
+    assert missing(job, rows_of(out)) == [("", 6)], "a later call asks again"
+    assert missing(job, rows_of(out), began) == [], "this one does not"
+    trees.write_text("Source\tTarget\n[MAX 1 2 ]\t2\n[MIN 3 4 ]\t3\n")
+    assert run_job(job, out) == 1 and missing(job, rows_of(out)) == []
+
+
 def test_lines_and_weights_that_are_torn_cost_their_own_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,3 +213,51 @@ def test_lines_and_weights_that_are_torn_cost_their_own_alone(
         (tmp_path / ARENA).unlink()
     torch.save([1], weights)
     assert run_job(job, tmp_path) == 1 and "not an arena model" in capsys.readouterr().out
+
+
+def test_pictures_lie_beside_what_the_command_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a plugin's sweep trains knows its file; no summary of a benchmark is made where none was run."""
+    (tmp_path / "mine.py").write_text(DRAWS.format(wrong="pass"))
+    some = ("--sweep", "--plugins", tmp_path / "mine.py", "--tasks", "mine", "--lengths", "64")
+    monkeypatch.setattr("lshv2.arena.sweep.POINTS", (Point("dense"), Point("window")))
+    assert arena(tmp_path / "out", *SMALL, *some, monkeypatch=monkeypatch) == 0
+    assert {row["task"] for row in rows_of(tmp_path / "out").values()} == {"mine"}
+    assert len(rows_of(tmp_path / "out")) == 2
+    names = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert names == {ARENA, "arena", "arena.png"}
+
+
+def test_a_sweep_takes_the_tasks_and_plugins_it_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("nbformat", reason="notebooks are executed")
+    (tmp_path / "mine.py").write_text(DRAWS.format(wrong="pass"))
+    changed = {"arena.lengths": [64], "arena.steps": 2, "arena.tasks": "mine",
+               "arena.plugins": [str(tmp_path / "mine.py")]}
+    settings = {"preset": "test", "overrides": changed, "seed": 0, "data": None}
+    assert run_sweep(tmp_path / "sweep", "make sweep", (Point("window"),), **settings) == 0
+    assert [row["task"] for row in rows_of(tmp_path / "sweep").values()] == ["mine"]
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_an_interrupt_is_one_line_and_leaves_no_process(group: bool, tmp_path: Path) -> None:
+    """As a terminal sends it, to all processes, and as `kill` does, to one."""
+    command = [sys.executable, "-m", "lshv2.arena", str(tmp_path / "out"), "--small", "--seeds", "0", "--attentions",
+               "lsh", "dense", "--tasks", "listops", "--steps", "100000"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    process, until = psutil.Process(job.pid), time.monotonic() + 60
+    try:
+        while not any(child.children() for child in process.children()):  # processes that draw, below one that trains
+            assert time.monotonic() < until and job.poll() is None, "nothing was trained"
+            time.sleep(0.1)
+        time.sleep(3)
+        started = process.children(recursive=True)
+        (os.killpg if group else os.kill)(job.pid, signal.SIGINT)
+        out, err = job.communicate(timeout=60)
+        assert (job.returncode, out, err) == (130, "", "stopped; the same command goes on\n")
+        assert not psutil.wait_procs(started, timeout=5)[1]
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()

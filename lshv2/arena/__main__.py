@@ -6,58 +6,100 @@ import argparse
 import math
 import shlex
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 
 import lshv2.arena
+from lshv2.arena.phase import publish
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.recipes import ATTENTIONS
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import plan
+from lshv2.arena.study import Job, missing, plan, rows_of
 from lshv2.arena.sweep import TASKS as SWEPT
 from lshv2.arena.sweep import sweep_jobs
+from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
+from lshv2.runs import hold
 
 
 def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        jobs = _jobs(arguments)
+        out = _writable(arguments.out)
+        command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])
+        with hold(out, command):
+            rows = rows_of(out)
+            try_draws([job for job in jobs if missing(job, rows)], out / "arena")
+            gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
+            left = run_pool(jobs, out, gpus, arguments.time_limit, command)
+            publish(out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if left:
+        sys.exit(f"{left} of {len(jobs)} jobs are left, those that FAILED above or were not started in time: the same "
+                 "command tries them again")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lshv2.arena", description=lshv2.arena.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=fill(f"tasks: {', '.join(task_names())}", 100, break_on_hyphens=False),
     )
-    parser.add_argument("out", type=Path, help="folder of arena.jsonl; an earlier one is gone on with")
-    parser.add_argument("--tasks", nargs="+", help="default: all of them")
+    positive = _whole(1)
+    parser.add_argument("out", type=Path, help="folder of arena.jsonl and its pictures; an earlier one is gone on with")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="see below; default: all of them")
     parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lengths", nargs="+", type=int, help="default: 1,024 to 131,072 in powers of two")
-    parser.add_argument("--sequences", type=int, help="judged at each length")
-    parser.add_argument("--asked", type=int, default=0, metavar="N", help="judge by other sequences than the reported "
-                        "ones (0): what a recipe is chosen by")
-    parser.add_argument("--steps", type=int, help="of training, instead of the recipes'")
+    parser.add_argument("--seeds", nargs="+", type=_whole(0), default=[0, 1, 2])
+    parser.add_argument("--lengths", nargs="+", type=positive, help="default: 1,024 to 131,072 in powers of two")
+    parser.add_argument("--sequences", type=positive, help="judged at each length")
+    parser.add_argument("--asked", type=_whole(0), default=0, metavar="N", help="judge by other sequences than the "
+                        "reported ones (0): what a recipe is chosen by")
+    parser.add_argument("--steps", type=positive, help="of training, instead of the recipes'")
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE.py", help="files with tasks of your own")
     parser.add_argument("--sweep", action="store_true", help="the quality curve: rounds, bucket size and cells instead")
     parser.add_argument("--small", action="store_true", help="laptop sizes")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--jobs-a-gpu", type=int, choices=range(1, 9), default=1, metavar="N")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return read
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    load_plugins(arguments.plugins)
+    plugins = [str(Path(path).expanduser().resolve()) for path in arguments.plugins]
+    changes = {name: value for name in ("sequences", "steps") if (value := getattr(arguments, name))}
+    if arguments.sweep:
+        jobs = sweep_jobs(arguments.tasks or SWEPT, arguments.seeds, arguments.lengths, arguments.small, changes,
+                          plugins)
+    else:
+        jobs = plan(arguments.tasks or task_names(), arguments.attentions, arguments.seeds, arguments.lengths,
+                    arguments.small, plugins, changes)
+    return [replace(job, asked=arguments.asked) for job in jobs]
+
+
+def _writable(path: Path) -> Path:
     try:
-        load_plugins(arguments.plugins)
-        changes = {name: getattr(arguments, name) for name in ("sequences", "steps") if getattr(arguments, name)}
-        if arguments.sweep:
-            tasks = arguments.tasks or SWEPT
-            jobs = sweep_jobs(tasks, arguments.seeds, arguments.lengths, arguments.small, changes)
-        else:
-            plugins = [str(Path(path).resolve()) for path in arguments.plugins]
-            jobs = plan(arguments.tasks or task_names(), arguments.attentions, arguments.seeds, arguments.lengths,
-                        arguments.small, plugins, changes)
-        jobs = [replace(job, asked=arguments.asked) for job in jobs]
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
-        command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])
-        left = run_pool(jobs, arguments.out.resolve(), gpus, arguments.time_limit, command)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if left:
-        sys.exit(f"{left} jobs are left: run the same command again")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path.resolve()
+    except OSError as error:
+        raise UserError(f"{path}: nothing can be written there ({error.strerror}); name another folder") from None
 
 
 if __name__ == "__main__":

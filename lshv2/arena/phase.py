@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 from lshv2.arena.job import run_job
@@ -9,6 +11,7 @@ from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.registry import load_plugins, task_names
 from lshv2.arena.study import ARENA, Job, missing, plan, rows_of
 from lshv2.arena.sweep import Point, job_of
+from lshv2.arena.trial import try_draws
 from lshv2.arena_plots import write_pictures
 from lshv2.arena_results import summarise
 from lshv2.config import Settings
@@ -28,6 +31,11 @@ def jobs_of(settings: Settings) -> list[Job]:
     return plan(tasks, arena.attentions, seeds, arena.lengths, arena.small, arena.plugins, changes)
 
 
+def check_arena(settings: Settings) -> None:
+    """Raise UserError for what the settings ask and cannot be had, before any phase; sources are read in the phase."""
+    try_draws(jobs_of(settings), None)
+
+
 def _changes(settings: Settings) -> dict[str, Any]:
     """What the settings change in every recipe."""
     return {name: value for name in ("sequences", "steps") if (value := getattr(settings.arena, name)) is not None}
@@ -38,11 +46,12 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
 
     On GPUs jobs run side by side in processes of their own, else one after the other. Raises UserError when one failed.
     """
-    jobs = jobs_of(run.settings)
+    began, jobs = time.time(), jobs_of(run.settings)
     there = rows_of(run.path)
     todo = [job for job in jobs if missing(job, there)]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} models are trained and judged already")
+    try_draws(todo, run.path / "arena")
     with Progress(run, "04_arena", "arena", sum(job.recipe.steps for job in todo), unit="step") as bar:
         if gpus := visible_gpus():
             run_pool(todo, run.path, gpus * run.settings.arena.jobs_a_gpu, command="make arena",
@@ -50,8 +59,8 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
         else:
             for job in todo:
                 _alone(run, job, bar)
-    left = [job for job in jobs if missing(job, rows_of(run.path))]
-    publish(run)
+    left = [job for job in jobs if missing(job, rows_of(run.path), began)]
+    publish(run.path)
     if left:
         raise UserError(f"{len(left)} of {len(jobs)} models of the arena failed, see above: run the same command again")
     return summarise(list(rows_of(run.path).values()))
@@ -69,30 +78,28 @@ def _alone(run: Run, job: Job, bar: Progress) -> None:
     bar.update(job.recipe.steps - done)
 
 
-def _job_of_point(run: Run, task: str, point: Point, seed: int) -> Job:
-    arena = run.settings.arena
-    return job_of(point, task, seed, arena.lengths, arena.small, _changes(run.settings))
-
-
-def is_there(run: Run, task: str, point: Point, seed: int) -> bool:
-    """Whether a point's rows are all there."""
-    return not missing(_job_of_point(run, task, point, seed), rows_of(run.path))
+def job_of_point(settings: Settings, task: str, point: Point, seed: int) -> Job:
+    """A point of the quality curve, at the run's lengths and sizes."""
+    arena = settings.arena
+    return job_of(point, task, seed, arena.lengths, arena.small, _changes(settings), arena.plugins)
 
 
 def run_point(run: Run, task: str, point: Point, seed: int) -> list[dict[str, Any]]:
-    """One point of the quality curve, at the run's lengths and sizes: its rows. What is there is not computed again."""
-    job = _job_of_point(run, task, point, seed)
+    """One point of the quality curve: its rows. What is there is not computed again."""
+    job = job_of_point(run.settings, task, point, seed)
+    if missing(job, rows_of(run.path)):
+        try_draws([job], run.path / "arena")
     with Progress(run, "quality_point", point.label or point.attention, job.recipe.steps, unit="step") as bar:
         _alone(run, job, bar)
-    publish(run)
-    return [row for row in rows_of(run.path).values() if row["trained_as"] == job.trained_as]
+    publish(run.path)
+    return [row for row in rows_of(run.path).values() if row.get("trained_as") == job.trained_as]
 
 
-def publish(run: Run) -> None:
-    """Draw `arena.png`, and put the averages into the benchmark's summary where there is one."""
-    if not run.file(ARENA).exists():
+def publish(folder: Path) -> None:
+    """Draw the pictures, and put the averages into the benchmark's summary where there is one."""
+    if not (folder / ARENA).exists():
         return
-    write_pictures(run.path)
-    summary = read_json(run.file(SUMMARY))[0]
+    write_pictures(folder)
+    summary = read_json(folder / SUMMARY)[0]
     if isinstance(summary, dict):
-        write_json(run.file(SUMMARY), {**summary, "arena": summarise(list(rows_of(run.path).values()))})
+        write_json(folder / SUMMARY, {**summary, "arena": summarise(list(rows_of(folder).values()))})

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lshv2.arena.recipes import LIGHTER, Attention, recipe
+from lshv2.arena.recipes import LIGHTER, Attention
 from lshv2.arena.registry import get_task
-from lshv2.arena.study import Job, plan
+from lshv2.arena.study import Job, plan, recipe_of
 from lshv2.arena_results import LIGHTER_DENSE
 
 
@@ -54,16 +54,16 @@ TASKS = ("mqar", "duplication", "bytes")
 
 def job_of(
     point: Point, task: str, seed: int, lengths: Sequence[int] | None = None, small: bool = False,
-    changes: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None, plugins: Sequence[str] = (),
 ) -> Job:
-    """The point's model on a task; lengths: judged ones (None: the recipe's)."""
+    """The point's model on a task; lengths: judged ones (None: the recipe's). changes, plugins: see `study.plan`."""
     if small:  # windows and buckets of a quarter, as the small recipes have them
         point = replace(point, bucket_size=point.bucket_size // 4, window=point.window // 4)
     lighter = LIGHTER.get(task, {}) if not small else {}
     label = point.label or (LIGHTER_DENSE if lighter else "")
     changed = {**lighter, **(changes or {})}
-    job, = plan([task], (point.attention,), (seed,), lengths, small, changes=changed, variants=False)
-    own = replace(recipe(task, small), lsh={}).model(get_task(task).vocab_size, "lsh", 1)
+    job, = plan([task], (point.attention,), (seed,), lengths, small, plugins, changed, variants=False)
+    own = replace(recipe_of(get_task(task), small), lsh={}).model(get_task(task).vocab_size, "lsh", 1)
     shape = {"n_rounds": point.rounds, "bucket_size": point.bucket_size, "window": point.window,
              "n_buckets": max(2, int(own.resolved_n_buckets * point.cells))}
     settings = {**job.recipe.settings, **(shape if point.label else {})}
@@ -73,7 +73,8 @@ def job_of(
 
 def sweep_jobs(
     tasks: Sequence[str], seeds: Sequence[int], lengths: Sequence[int] | None = None, small: bool = False,
-    changes: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None, plugins: Sequence[str] = (),
 ) -> list[Job]:
     """All points of all tasks, seed by seed."""
-    return [job_of(point, task, seed, lengths, small, changes) for seed in seeds for task in tasks for point in POINTS]
+    return [job_of(point, task, seed, lengths, small, changes, plugins)
+            for seed in seeds for task in tasks for point in POINTS]

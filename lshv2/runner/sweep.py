@@ -10,9 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lshv2.arena.phase import is_there
+from lshv2.arena.phase import job_of_point
+from lshv2.arena.study import missing, rows_of
 from lshv2.arena.sweep import POINTS, TASKS, Point
+from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
+from lshv2.presets import make_settings
 from lshv2.runner.execute import execute
 from lshv2.runs import hold, open_run, repo_root
 
@@ -22,18 +25,22 @@ NOTEBOOK = "quality_point"
 def run_sweep(run_dir: Path, command: str, points: tuple[Point, ...] = POINTS, **settings: Any) -> int:
     """Execute what is missing, point by point; exit code. settings: of `open_run`.
 
-    Laptop sizes have duplication alone, else all of `lshv2.arena.sweep.TASKS`. Raises UserError on bad settings.
+    Tasks are those of `arena.tasks` among the overrides; else laptop sizes have duplication alone, others all of
+    `lshv2.arena.sweep.TASKS`. Raises UserError on bad settings, before anything is written.
     """
-    run = open_run(run_dir, **settings)
-    arena = run.settings.arena
-    tasks = ("duplication",) if arena.small else TASKS
-    every = [(task, point, seed) for seed in range(run.settings.seed, run.settings.seed + arena.seeds)
+    planned = make_settings(**settings)
+    given = planned.arena.tasks if "arena.tasks" in settings.get("overrides", {}) else ()  # a preset's are the arena's
+    tasks = given or (("duplication",) if planned.arena.small else TASKS)
+    every = [(task, point, seed) for seed in range(planned.seed, planned.seed + planned.arena.seeds)
              for task in tasks for point in points]
+    jobs = [job_of_point(planned, *one) for one in every]
+    try_draws(jobs, None)
+    run = open_run(run_dir, **settings)
     with hold(run.path, command):
         (run.path / "notebooks" / "sweep").mkdir(parents=True, exist_ok=True)
-        for number, (task, point, seed) in enumerate(every, 1):
+        for number, (job, (task, point, seed)) in enumerate(zip(jobs, every, strict=True), 1):
             head = f"{number} of {len(every)}: {task}, {point.label or point.attention}, seed {seed}"
-            if is_there(run, task, point, seed):
+            if not missing(job, rows_of(run.path)):
                 print(f"{head}: there", flush=True)
                 continue
             parameters = {"run_dir": str(run.path), **settings, "seed": seed, "task": task, **asdict(point)}
