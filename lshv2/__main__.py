@@ -9,10 +9,10 @@ import glob
 import shlex
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lshv2.config import Settings
 from lshv2.errors import UserError
 from lshv2.presets import PRESETS, make_settings, parse_override, sections
 from lshv2.runs import PHASES, check_run_name, hold, load_run, read_json, runs_root
@@ -28,6 +28,7 @@ COMMANDS = {
     "package": ("05_report",),
 }
 VARIABLES = ("RUN", "PRESET", "SEED", "NPROC", "DATA", "SET", "FORCE", "YES")
+PATHS = ("arena.plugins", "data.source")  # settings that are paths of files
 FLAGS = {"": False, "0": False, "1": True}
 
 
@@ -70,7 +71,15 @@ def run(command: str, values: dict[str, str]) -> int:
     yes, force = _flag("YES", values), _flag("FORCE", values)
     settings = _own_settings(run_dir, values) if command == "package" else _given_settings(run_dir, preset, values)
     again = _command_line(command, values)
-    check = None if yes or settings["preset"] != "full" else partial(check_full, command=again)
+
+    def check(settings: Settings, due: list[str]) -> None:
+        if "04_arena" in due:
+            from lshv2.arena.phase import check_arena
+
+            check_arena(settings)
+        if settings.preset == "full" and not yes:
+            check_full(settings, due, command=again)
+
     pipeline = Pipeline(
         run_dir=run_dir, **settings, force=force, chosen=COMMANDS[command], resume=again, before_work=check
     )
@@ -93,12 +102,23 @@ def _given_settings(run_dir: Path, preset: str, values: dict[str, str]) -> dict[
     return {
         "preset": preset,
         "overrides": {
-            **{f"{section}.{key}": value for section, key, value in map(parse_override, values["SET"].split())},
+            **{f"{section}.{key}": _absolute(f"{section}.{key}", value)
+               for section, key, value in map(parse_override, values["SET"].split())},
             **({"parallel.nproc": _number("NPROC", values, default=1)} if values["NPROC"] else {}),
         },
         "seed": _number("SEED", values, default=0),
         "data": _data(values["DATA"]),
     }
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """Paths as seen from the folder in which they were typed: the notebooks run in their own."""
+    if key not in PATHS or not isinstance(value, str | list):
+        return value
+    several = value.split(",") if isinstance(value, str) and key == "arena.plugins" else value
+    if isinstance(several, list):
+        return [str(Path(path).expanduser().absolute()) if isinstance(path, str) else path for path in several]
+    return str(Path(several).expanduser().absolute())
 
 
 def _own_settings(run_dir: Path, values: dict[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,11 @@ import pytest
 import torch
 from project_files import ROOT
 
+from lshv2.__main__ import _given_settings
+from lshv2.__main__ import main as lab
 from lshv2.arena.__main__ import main
 from lshv2.arena.job import run_job
+from lshv2.arena.pool import _Slot
 from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.study import ARENA, missing, plan, rows_of
 from lshv2.arena.sweep import Point
@@ -227,6 +231,35 @@ def test_pictures_lie_beside_what_the_command_measured(tmp_path: Path, monkeypat
     assert names == {ARENA, "arena", "arena.png"}
 
 
+def test_a_plugin_is_found_from_where_it_is_typed_and_its_change_runs_the_arena_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nbformat", reason="notebooks are executed")
+    monkeypatch.setenv("LSHV2_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for version in (1, 1, 2):
+        (tmp_path / "mine.py").write_text(DRAWS.format(wrong="pass") + f"    version = {version}\n")
+        some = "arena.plugins=mine.py arena.tasks=mine arena.lengths=[64] arena.steps=2"
+        assert lab(["arena", "RUN=mine", "PRESET=test", f"SET={some}"]) == 0
+        said.append(capsys.readouterr().out.splitlines()[0])
+    assert said[0] == "04_arena: runs" and said[1].startswith("04_arena: skipped")
+    assert said[2] == f"04_arena: runs again, because {tmp_path / 'mine.py'} changed"
+    assert {row["task"] for row in rows_of(tmp_path / "runs" / "mine").values()} == {"mine"}
+
+
+def test_paths_among_the_settings_begin_where_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = dict.fromkeys(("SET", "NPROC", "SEED", "DATA"), "")
+    for typed, key, expected in (
+        ("arena.plugins=a.py,/b.py", "arena.plugins", [str(tmp_path / "a.py"), "/b.py"]),
+        ('arena.plugins=["a.py"]', "arena.plugins", [str(tmp_path / "a.py")]),
+        ("data.source=books/*.txt", "data.source", str(tmp_path / "books" / "*.txt")),
+        ("data.source=null", "data.source", None), ("arena.tasks=a,b", "arena.tasks", "a,b"),
+    ):
+        assert _given_settings(tmp_path / "run", "quick", {**given, "SET": typed})["overrides"] == {key: expected}
+
+
 def test_a_sweep_takes_the_tasks_and_plugins_it_is_told(tmp_path: Path) -> None:
     pytest.importorskip("nbformat", reason="notebooks are executed")
     (tmp_path / "mine.py").write_text(DRAWS.format(wrong="pass"))
@@ -261,3 +294,14 @@ def test_an_interrupt_is_one_line_and_leaves_no_process(group: bool, tmp_path: P
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.communicate()
+
+
+def test_an_interrupted_process_that_waits_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a thread, as slots are, since it hears no interrupts afterwards."""
+    slot = _Slot("", shared=False)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = psutil.Process(thread.submit(slot.run, os.getpid).result(60))
+        waiting.send_signal(signal.SIGINT)
+        assert not psutil.wait_procs([waiting], timeout=10)[1]
+        slot.end()
+    assert capfd.readouterr().err == ""

@@ -54,6 +54,10 @@ MISTAKES = {
     "unknown argument": (["quick", "--force"], "unknown argument '--force'; allowed: RUN="),
     "nothing to package": (["package", "RUN=nosuch"], "is not a run folder: config.json is missing"),
     "packaging other settings": (["package", "RUN=x", "SEED=1"], "leave SEED out"),
+    "unknown arena task": (["quick", "SET=arena.tasks=nope"], "arena task 'nope' is unknown; there are: "),
+    "missing plugin": (["quick", "SET=arena.plugins=nope.py"], f"{Path('nope.py').absolute()} is not a Python file"),
+    "a length no task has": (["quick", "SET=arena.tasks=duplication arena.lengths=[65]"], "sequences of 65 tokens"),
+    "unknown task to sweep": (["sweep", "SET=arena.tasks=nope"], "arena task 'nope' is unknown; there are: "),
     "nothing to delete": (["clean-run", "RUN=nosuch"], "not a run folder"),
     "no name to delete": (["clean-run"], "needs the name of a run"),
 }

@@ -1,9 +1,9 @@
 """`OK` markers: what a phase's results rest on, and the reason why it must run again.
 
 A marker holds the hashes of the phase's inputs and outputs. Inputs are its settings, the results of the phases it
-reads, the text in `data.source`, its notebook, the files of `lshv2` behind it (`imports`), Python, torch and the
-visible GPUs. `STARTED` holds the same from before the phase, so that a phase that can resume does so only towards
-the results it was started for.
+reads, the text in `data.source`, its notebook, the files of `lshv2` behind it (`imports`), the arena's plugins,
+Python, torch and the visible GPUs. `STARTED` holds the same from before the phase, so that a phase that can resume does
+so only towards the results it was started for.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def describe_inputs(phase: Phase, run: Run, notebook: Path, table: tuple[Phase, 
     if "data" in phase.settings:
         results["the text in data.source"] = _describe_source(run.settings.data.source)
     root = repo_root()
+    plugins = run.settings.arena.plugins if "arena" in phase.settings else ()
     return {
         "settings": _settings(phase, run),
         "results": results,
         "code": {f"notebooks/{notebook.name}": _hash_notebook(notebook)}
-        | {str(path.relative_to(root)): sha256(path) for path in code_behind(notebook)},
+        | {str(path.relative_to(root)): sha256(path) for path in code_behind(notebook)}
+        | {path: sha256(Path(path)) if Path(path).is_file() else "missing" for path in plugins},
         "environment": {
             "the Python version": platform.python_version(),
             "the torch version": metadata.version("torch"),
