@@ -1,6 +1,7 @@
 """What an arena task is, and how one of your own is added.
 
-A task draws sequences of any length from a numpy generator, with the answers in place. One class a file:
+A task draws sequences of any length from a numpy generator, with the answers in place. One of your own is a file with
+a registered class:
 
     from lshv2.arena.task import ArenaTask, Examples, register
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lshv2.arena.task import ArenaTask, Examples, fits, register
 from lshv2.data.synthetic import copy
+from lshv2.errors import UserError
 
 
 @register
@@ -20,6 +21,8 @@ class Duplication(ArenaTask):
 
     def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
         fits(self, length)
+        if length % 2:
+            raise UserError(f"duplication: {length} tokens are an odd number, and 0 w 0 w has two halves")
         batch = copy(generator, n, length, self.vocab_size)
         return Examples(batch["input_ids"], batch["labels"])
 
