@@ -61,7 +61,8 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
 
 def run(command: str, values: dict[str, str]) -> int:
     """Run the command's phases with what the variables say; `package` takes the settings that the run was made with."""
-    from lshv2.estimate import check_full
+    from lshv2.arena.study import training_flops
+    from lshv2.estimate import check_arena_time, check_full
     from lshv2.runner import Pipeline
 
     preset = values["PRESET"] or (command if command in PRESETS else "quick")
@@ -76,9 +77,11 @@ def run(command: str, values: dict[str, str]) -> int:
         if "04_arena" in due:
             from lshv2.arena.phase import check_arena
 
-            check_arena(settings)
+            jobs = check_arena(settings)
         if settings.preset == "full" and not yes:
             check_full(settings, due, command=again)
+        if "04_arena" in due and not yes:
+            check_arena_time(training_flops(jobs), len(jobs), command=again)
 
     pipeline = Pipeline(
         run_dir=run_dir, **settings, force=force, chosen=COMMANDS[command], resume=again, before_work=check
@@ -94,7 +97,8 @@ def sweep(values: dict[str, str]) -> int:
     if values["FORCE"]:
         raise UserError("a sweep computes what is missing; to begin anew: make clean-run RUN=name")
     run_dir = runs_root() / check_run_name(values["RUN"] or f"sweep-{preset}")
-    return run_sweep(run_dir, _command_line("sweep", values), **_given_settings(run_dir, preset, values))
+    yes = _flag("YES", values)
+    return run_sweep(run_dir, _command_line("sweep", values), yes=yes, **_given_settings(run_dir, preset, values))
 
 
 def _given_settings(run_dir: Path, preset: str, values: dict[str, str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lshv2.errors import UserError
 from lshv2.sizes import count_parameters
 
 MATMUL_N = 1024  # large enough for full speed on a CPU, small enough for many repeats in a second
+HOUR, SLOWEST = 3600, 1e9  # seconds; operations a second that any machine does
 ADAM_BYTES = 16  # a float32 parameter with its gradient and AdamW's two moments
 
 
@@ -75,6 +76,20 @@ def check_full(settings: Settings, to_run: list[str], *, command: str) -> None:
         f"up to {max(settings.benchmark.sequence_lengths):,} tokens."
     )
     raise UserError(f"to go on all the same: {command} YES=1; the same code in minutes: make quick")
+
+
+def check_arena_time(flops: float, models: int, *, command: str) -> None:
+    """Without a GPU: `UserError` with the estimate where training the arena's models takes an hour or more."""
+    import torch
+
+    if flops < HOUR * SLOWEST or torch.cuda.is_available():
+        return
+    seconds = flops / measure_flops_per_second()
+    if seconds >= HOUR:
+        raise UserError(
+            f"no GPU here, and training the arena's {models} models is {flops:.1e} operations: at least "
+            f"{duration(seconds)}. To go on all the same: {command} YES=1; laptop sizes: PRESET=quick"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,10 @@ import pytest
 
 from lshv2 import estimate
 from lshv2.__main__ import COMMANDS, VARIABLES, _own_settings, main
+from lshv2.arena.phase import jobs_of
+from lshv2.arena.study import plan, training_flops
+from lshv2.arena.sweep import POINTS
+from lshv2.errors import UserError
 from lshv2.presets import make_settings
 from lshv2.runs import PHASES, open_run, repo_root
 
@@ -137,6 +141,28 @@ def test_full_without_a_gpu_says_what_it_takes(tmp_path: Path, monkeypatch: pyte
     assert re.search(r"about \d+ GiB of memory", done.stdout)
     assert "make full YES=1" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["arena", "sweep"])
+def test_an_arena_of_full_size_without_a_gpu_says_what_it_takes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = make(command, "PRESET=full", runs=tmp_path)
+    models = len(jobs_of(make_settings("full"))) if command == "arena" else 3 * len(POINTS) * 3
+    assert done.returncode == 2 and f"training the arena's {models} models" in done.stderr, done.stderr
+    assert re.search(r"at least [\d.]+ (h|days)", done.stderr) and f"make {command} PRESET=full YES=1" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_arena_is_counted_by_what_its_models_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    jobs = plan(["induction"], ("lsh", "dense"), (0,))
+    weights = 2 * (4 * 128 * 128 + 3 * 128 * 256) + 17 * 128  # two layers and the head
+    assert training_flops(jobs) == pytest.approx(2 * 6 * weights * 8192 * 2000, rel=0.02)
+    estimate.check_arena_time(1e12, 1, command="make arena")  # minutes anywhere
+    with pytest.raises(UserError, match=r"at least .* years.*make arena YES=1"):
+        estimate.check_arena_time(1e22, 7, command="make arena")
 
 
 def test_the_estimate_counts_what_the_documented_configuration_does() -> None:

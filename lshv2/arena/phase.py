@@ -31,9 +31,12 @@ def jobs_of(settings: Settings) -> list[Job]:
     return plan(tasks, arena.attentions, seeds, arena.lengths, arena.small, arena.plugins, changes)
 
 
-def check_arena(settings: Settings) -> None:
-    """Raise UserError for what the settings ask and cannot be had, before any phase; sources are read in the phase."""
-    try_draws(jobs_of(settings), None)
+def check_arena(settings: Settings) -> list[Job]:
+    """What will be trained. Raises UserError for what the settings ask and cannot be had, before any phase; sources are
+    read in the phase."""
+    jobs = jobs_of(settings)
+    try_draws(jobs, None)
+    return jobs
 
 
 def _changes(settings: Settings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
 from lshv2.errors import UserError
 from lshv2.runs import read_jsonl
+from lshv2.sizes import count_parameters
 from lshv2.tolerant import number
 
 ARENA = "arena.jsonl"
@@ -132,6 +133,13 @@ def _settings(task: str, attention: str) -> tuple[tuple[str, tuple[tuple[str, An
 def key(row: Row) -> tuple[Any, ...]:
     """Rows of one key are one measurement: the later counts."""
     return tuple(row.get(name) for name in ("task", "model", "seed", "setting", "seq_len", "trained_as"))
+
+
+def training_flops(jobs: Sequence[Job]) -> float:
+    """Operations to train them, from below: a multiply and an add a weight and token, forward and twice that backward;
+    without attention, and with the fewest tokens a step has."""
+    return sum(6.0 * (count_parameters(job.config) - job.config.vocab_size * job.config.d_model)
+               * job.recipe.tokens * job.recipe.steps for job in jobs)
 
 
 def rows_of(folder: Path) -> dict[tuple[Any, ...], Row]:

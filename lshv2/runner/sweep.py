@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.arena.phase import job_of_point
-from lshv2.arena.study import missing, rows_of
+from lshv2.arena.study import missing, rows_of, training_flops
 from lshv2.arena.sweep import POINTS, TASKS, Point
 from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
+from lshv2.estimate import check_arena_time
 from lshv2.presets import make_settings
 from lshv2.runner.execute import execute
 from lshv2.runs import hold, open_run, repo_root
@@ -22,8 +23,10 @@ from lshv2.runs import hold, open_run, repo_root
 NOTEBOOK = "quality_point"
 
 
-def run_sweep(run_dir: Path, command: str, points: tuple[Point, ...] = POINTS, **settings: Any) -> int:
-    """Execute what is missing, point by point; exit code. settings: of `open_run`.
+def run_sweep(
+    run_dir: Path, command: str, points: tuple[Point, ...] = POINTS, yes: bool = False, **settings: Any
+) -> int:
+    """Execute what is missing, point by point; exit code. yes: however long it takes. settings: of `open_run`.
 
     Tasks are those of `arena.tasks` among the overrides; else laptop sizes have duplication alone, others all of
     `lshv2.arena.sweep.TASKS`. Raises UserError on bad settings, before anything is written.
@@ -35,6 +38,10 @@ def run_sweep(run_dir: Path, command: str, points: tuple[Point, ...] = POINTS, *
              for task in tasks for point in points]
     jobs = [job_of_point(planned, *one) for one in every]
     try_draws(jobs, None)
+    if not yes:
+        there = rows_of(run_dir)
+        todo = [job for job in jobs if missing(job, there)]
+        check_arena_time(training_flops(todo), len(todo), command=command)
     run = open_run(run_dir, **settings)
     with hold(run.path, command):
         (run.path / "notebooks" / "sweep").mkdir(parents=True, exist_ok=True)
