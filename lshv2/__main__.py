@@ -121,8 +121,15 @@ def _absolute(key: str, value: Any) -> Any:
         return value
     several = value.split(",") if isinstance(value, str) and key == "arena.plugins" else value
     if isinstance(several, list):
-        return [str(Path(path).expanduser().absolute()) if isinstance(path, str) else path for path in several]
-    return str(Path(several).expanduser().absolute())
+        return [_path(path) if isinstance(path, str) else path for path in several if path != ""]
+    return _path(several) if several else several
+
+
+def _path(text: str) -> str:
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"{text}: {error}") from None
 
 
 def _own_settings(run_dir: Path, values: dict[str, str]) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _data(text: str) -> str | None:
     """Absolute: the notebooks run in their own folder."""
     if not text:
         return None
-    path = Path(text).expanduser().absolute()
+    path = Path(_path(text))
     if not path.exists() and not glob.glob(str(path), recursive=True):
         raise UserError(f"DATA={text} does not exist (looked for {path}); give a text file or a folder of them")
     return str(path)

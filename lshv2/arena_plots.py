@@ -73,9 +73,9 @@ def draw_curve(arena: Arena) -> Figure | None:
     """The quality curve: a panel a task, scores by keys a query. None where LSH has no other shapes."""
     panels = []
     for task in arena.tasks:
-        everything = arena.of(task, None)
+        everything = trained_to(arena.of(task, None))
         if swept := quality_lengths(everything):
-            here = [s for s in trained_to(everything) if s.seq_len == swept[-1] and s.seeds]
+            here = [s for s in everything if s.seq_len == swept[-1] and s.seeds]
             panels.append((here, TASKS.get(task, task)))
     if not panels:
         return None

@@ -8,9 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
-from lshv2.arena_results import ACCURACY, BITS, LIGHTER_DENSE, MODELS, TASKS, Arena, Summary, label_place, mean, place
+from lshv2.arena_results import (
+    ACCURACY,
+    BITS,
+    LIGHTER_DENSE,
+    MODELS,
+    TASKS,
+    Arena,
+    Summary,
+    label_place,
+    mean,
+    place,
+)
 from lshv2.tolerant import NAN
 
 
@@ -130,8 +140,13 @@ def counted(seeds: int) -> str:
 
 def seed_range(summaries: Iterable[Summary]) -> str:
     """`3`, or `3 to 6` where not all have as many."""
-    seeds = sorted({s.seeds for s in summaries if s.seeds} or {0})
-    return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+    return span(s.seeds for s in summaries)
+
+
+def span(counts: Iterable[int]) -> str:
+    """`3`, or `3 to 6`; zeros are left out."""
+    seen = sorted(set(counts) - {0} or {0})
+    return f"{seen[0]} to {seen[-1]}" if len(seen) > 1 else str(seen[0])
 
 
 def spread(summary: Summary) -> str:
@@ -177,38 +192,6 @@ def cost_table(arena: Arena) -> list[list[str]]:
             table.append(["" if n else TASKS.get(task, task), "" if n else f"{longest:,}", MODELS.get(s.model, s.model),
                           _keys(s), f"{s.get('forward_ms'):,.4g}",
                           f"{memory:,.4g}" if math.isfinite(memory) else "not measured"])
-    return table if len(table) > 1 else []
-
-
-def _signed(values: Sequence[float]) -> str:
-    """`+0.022 (+0.010 to +0.039)`, and `+0.000` where all of it is less."""
-    if not values:
-        return "–"
-    middle, low, high = (f"{round(value, 3) + 0.0:+.3f}" for value in (mean(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-GAIN = ("What context beyond 4,096 tokens saves, in bits per byte of the same last bytes, each seed against itself "
-        "(below zero: it harms).")
-
-
-def gain_table(arena: Arena, context: int = 4096) -> list[list[str]]:
-    """Cells with their heading: of text whose windows end alike, the bits a byte that more than `context` tokens before
-    it save, by length; the mean over seeds of each seed's own difference (lowest to highest). [] without such text."""
-    values = {(row.task, row.model, row.seed, row.seq_len): row.value for row in arena.rows
-              if row.metric == BITS and row.setting == "" and "part" in row.by and math.isfinite(row.value)}
-    longer = sorted({length for *_, length in values if length > context})
-    table = [["task", "model", "seeds", *(f"{length:,}" for length in longer)]]
-    pairs = {key[:2] for key in values}
-    for task, model in sorted(pairs, key=lambda pair: (place(TASKS, pair[0]), place(MODELS, pair[1]))):
-        saved: dict[int, list[float]] = {length: [] for length in longer}
-        seeds = sorted({seed for t, m, seed, length in values if (t, m, length) == (task, model, context)})
-        for length, seed in product(longer, seeds):
-            if (with_more := values.get((task, model, seed, length))) is not None:
-                saved[length].append(values[task, model, seed, context] - with_more)
-        if any(saved.values()):
-            table.append([TASKS.get(task, task), MODELS.get(model, model), str(len(seeds)),
-                          *(_signed(gains) for gains in saved.values())])
     return table if len(table) > 1 else []
 
 

@@ -87,7 +87,7 @@ def check_arena_time(flops: float, models: int, *, command: str) -> None:
     seconds = flops / measure_flops_per_second()
     if seconds >= HOUR:
         raise UserError(
-            f"no GPU here, and training the arena's {models} models is {flops:.1e} operations: at least "
+            f"no GPU here, and training the arena's {models} models anew is {flops:.1e} operations: at least "
             f"{duration(seconds)}. To go on all the same: {command} YES=1; laptop sizes: PRESET=quick"
         )
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lshv2.arena_gain import GAIN, gain_table
 from lshv2.arena_results import CURVE, NEEDLES, PICTURE, TASKS, Arena, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import PUBLISHED, arena_targets
-from lshv2.arena_views import GAIN, cost_table, gain_table, score_table
+from lshv2.arena_views import cost_table, score_table
 from lshv2.benchmark_results import read_benchmark
 from lshv2.operator_results import (
     NAMES,

@@ -141,6 +141,7 @@ WRONG = {
     "labels = labels[:, 1:]": "learn by: labels are int64 [8, 63], not a numpy array of whole numbers [8, 64]",
     "ids = ids.tolist()": "learn by: input_ids are list, not a numpy array of whole numbers [8, 64]",
     "return ids, labels": "learn by: draw gave tuple, not Examples(input_ids, labels, groups)",
+    "raise ValueError('low >= high')": "learn by: draw raised ValueError: low >= high",
     "labels[0, -2] = 1": "judge by: 1 to 2 answers a sequence; all need as many",
     "groups['depth'] = np.zeros(3)": "judge by: group 'depth' is [3], not [4] (sequences) or [4, 1] (answers)",
     "self.headline = 'depth', '0'": "judge by: headline is of a group 'depth'; there are: none",
@@ -208,7 +209,8 @@ def test_lines_and_weights_that_are_torn_cost_their_own_alone(
     assert missing(job, rows_of(tmp_path)) == []
     weights = tmp_path / "arena" / "induction-lsh-0.pt"
     (tmp_path / ARENA).unlink()
-    for content in (weights.read_bytes()[:3000], b"1", b""):
+    whole_file = weights.read_bytes()
+    for content in (whole_file[:3000], whole_file[:20_000], b"1", b""):
         weights.write_bytes(content)
         assert run_job(job, tmp_path) == 1
         assert "induction-lsh-0.pt is unreadable" in capsys.readouterr().out
@@ -256,8 +258,25 @@ def test_paths_among_the_settings_begin_where_they_are_typed(tmp_path: Path, mon
         ('arena.plugins=["a.py"]', "arena.plugins", [str(tmp_path / "a.py")]),
         ("data.source=books/*.txt", "data.source", str(tmp_path / "books" / "*.txt")),
         ("data.source=null", "data.source", None), ("arena.tasks=a,b", "arena.tasks", "a,b"),
+        ("data.source=", "data.source", ""), ("arena.plugins=a.py,", "arena.plugins", [str(tmp_path / "a.py")]),
     ):
         assert _given_settings(tmp_path / "run", "quick", {**given, "SET": typed})["overrides"] == {key: expected}
+    for name, typed in (("SET", "data.source=~nobody-here/x"), ("DATA", "~nobody-here/x")):
+        with pytest.raises(UserError, match="^~nobody-here/x: "):
+            _given_settings(tmp_path / "run", "quick", {**given, name: typed})
+
+
+def test_plugins_of_one_file_name_and_sources_of_their_parents_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tasks.py").write_text(
+            "from lshv2.arena.task import register\nfrom lshv2.arena.tasks.text import Text\n\n\n"
+            f"class Books(Text):\n    source = 'books'\n\n\n@register\nclass Mine(Books):\n    name = 'of-{folder}'\n")
+    load_plugins([str(tmp_path / folder / "tasks.py") for folder in ("one", "two")])
+    for folder in ("one", "two"):
+        task = get_task(f"of-{folder}")
+        assert task.source == str(tmp_path / folder / "books")
+        assert getattr(sys.modules[type(task).__module__], "Mine") is type(task), "else it cannot be sent to a process"  # noqa: B009
 
 
 def test_a_sweep_takes_the_tasks_and_plugins_it_is_told(tmp_path: Path) -> None:
@@ -270,9 +289,10 @@ def test_a_sweep_takes_the_tasks_and_plugins_it_is_told(tmp_path: Path) -> None:
     assert [row["task"] for row in rows_of(tmp_path / "sweep").values()] == ["mine"]
 
 
-@pytest.mark.parametrize("group", [True, False])
-def test_an_interrupt_is_one_line_and_leaves_no_process(group: bool, tmp_path: Path) -> None:
-    """As a terminal sends it, to all processes, and as `kill` does, to one."""
+@pytest.mark.parametrize("number, group", [
+    (signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGKILL, False)])
+def test_an_interrupt_is_one_line_and_leaves_no_process(number: int, group: bool, tmp_path: Path) -> None:
+    """As a terminal sends it, to all processes, and as `kill` and `timeout` do, to one."""
     command = [sys.executable, "-m", "lshv2.arena", str(tmp_path / "out"), "--small", "--seeds", "0", "--attentions",
                "lsh", "dense", "--tasks", "listops", "--steps", "100000"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -286,10 +306,11 @@ def test_an_interrupt_is_one_line_and_leaves_no_process(group: bool, tmp_path: P
             time.sleep(0.1)
         time.sleep(3)
         started = process.children(recursive=True)
-        (os.killpg if group else os.kill)(job.pid, signal.SIGINT)
+        (os.killpg if group else os.kill)(job.pid, number)
         out, err = job.communicate(timeout=60)
-        assert (job.returncode, out, err) == (130, "", "stopped; the same command goes on\n")
-        assert not psutil.wait_procs(started, timeout=5)[1]
+        said = "stopped; the same command goes on\n"
+        assert (job.returncode, out, err) == ((-9, "", err) if number == signal.SIGKILL else (128 + number, "", said))
+        assert not psutil.wait_procs(started, timeout=10)[1]
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)

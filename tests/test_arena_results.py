@@ -11,11 +11,11 @@ import pytest
 from example_arena import arena_rows, write_arena
 
 from lshv2 import readme
+from lshv2.arena_gain import gain_table
 from lshv2.arena_plots import draw_arena, draw_curve, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
 from lshv2.arena_views import (
     cost_table,
-    gain_table,
     group_labels,
     grouped,
     levels,
@@ -198,6 +198,9 @@ def test_the_pictures_show_every_task_group_and_sweep(tmp_path: Path) -> None:
     assert curve and [axis.get_title(loc="left") for axis in curve.axes] == [
         "MQAR, 64 pairs at 1,024 tokens", "duplication at 1,024 tokens", "bytes of real text at 1,024 tokens"]
     assert draw_curve(arena(tmp_path / "no-shapes", ROW)) is None
+    shapes = [{**ROW, "setting": f"R {r}", "keys_a_query": r, "rounds": r, "trained_len": 64.0} for r in (1, 2)]
+    longer = {**ROW, "model": "window", "trained_len": 128.0}
+    assert draw_curve(arena(tmp_path / "two-trainings", *shapes, longer)) is None, "no shapes of the longest"
     whole = draw_arena(drawn)
     assert [entry.get_text() for entry in whole.legends[0].get_texts()] == [
         "LSH", "dense", "dense, scaled by log n", "window only", "chance"]
@@ -249,6 +252,10 @@ def test_what_longer_contexts_save_is_each_seed_against_itself(tmp_path: Path) -
         ["task", "model", "seeds", "16,384", "131,072"],
         ["bytes of real text", "LSH", "2", "+0.020 (-0.010 to +0.050)", "–"],
         ["bytes of real text", "dense", "1", "–", "-0.200"]]
+    shorter = [text("lsh", 0, 4096, 9.0, trained_len=256), text("lsh", 0, 16_384, 8.0, trained_len=256)]
+    more = [text("lsh", 0, 131_072, 1.0), *shorter]
+    assert gain_table(arena(tmp_path / "d", *rows, *more))[1] == [
+        "bytes of real text", "LSH", "1 to 2", "+0.020 (-0.010 to +0.050)", "+0.200"], "of the longest trained length"
     assert gain_table(arena(tmp_path / "b", ROW)) == []
     assert "each seed against itself" in str(readme.arena_part(write_arena(tmp_path / "c", rows), "x"))
 

@@ -150,7 +150,7 @@ def test_an_arena_of_full_size_without_a_gpu_says_what_it_takes(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = make(command, "PRESET=full", runs=tmp_path)
     models = len(jobs_of(make_settings("full"))) if command == "arena" else 3 * len(POINTS) * 3
-    assert done.returncode == 2 and f"training the arena's {models} models" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"training the arena's {models} models anew" in done.stderr, done.stderr
     assert re.search(r"at least [\d.]+ (h|days)", done.stderr) and f"make {command} PRESET=full YES=1" in done.stderr
     assert not list(tmp_path.iterdir())
 

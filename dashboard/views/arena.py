@@ -9,6 +9,7 @@ from ui.data import Noted, downloads, read
 from ui.page import chosen_runs, live, notices, selected
 from ui.style import judged, plain, quantity, show, table
 
+from lshv2.arena_gain import GAIN, gain_table
 from lshv2.arena_results import (
     BITS,
     CURVE,
@@ -25,9 +26,7 @@ from lshv2.arena_results import (
 from lshv2.arena_shapes import ABOUT, shape_table
 from lshv2.arena_targets import PUBLISHED, arena_targets
 from lshv2.arena_views import (
-    GAIN,
     Level,
-    gain_table,
     grouped,
     levels,
     lines,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lshv2.runs import hold
 
 def main() -> None:
     arguments = _parser().parse_args()
+    before = signal.signal(signal.SIGTERM, _interrupt)  # as `timeout` and batch systems send it
     try:
         jobs = _jobs(arguments)
         out = _writable(arguments.out)
@@ -39,12 +41,18 @@ def main() -> None:
             publish(out)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (interrupt.args or (signal.SIGINT,))[0])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if left:
         sys.exit(f"{left} of {len(jobs)} jobs are left, those that FAILED above or were not started in time: the same "
                  "command tries them again")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _parser() -> argparse.ArgumentParser:

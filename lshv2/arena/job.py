@@ -8,6 +8,7 @@ that a killed study trains nothing twice.
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from collections.abc import Callable
@@ -97,14 +98,13 @@ def _state(weights: Path) -> dict[str, Any]:
 
     if not weights.is_file():
         return {}
+    content = io.BytesIO(weights.read_bytes())  # a disk that fails ends the job: what lies there may be whole
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = torch.load(content, map_location="cpu", weights_only=True)
         if set(state) >= {"trained_as", "figures", "model"}:
             return dict(state)
         problem = "not an arena model"
-    except OSError:  # it may be whole: not to be overwritten
-        raise
-    except Exception as error:  # a torn file raises anything: KeyError, EOFError, UnpicklingError, RuntimeError
+    except Exception as error:  # a torn file raises anything: KeyError, EOFError, OSError, UnpicklingError
         problem = f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]
     print(f"{weights.name} is unreadable ({problem}): its model is trained anew", flush=True)
     return {}

@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -18,7 +19,7 @@ from typing import Any
 from lshv2.arena.job import run_job, shown
 from lshv2.arena.study import Job, missing, rows_of
 
-INTERRUPTED = 130
+INTERRUPTED, GRACE = 130, 5.0  # seconds
 
 
 def visible_gpus() -> list[str]:
@@ -125,6 +126,18 @@ def _choose_gpu(gpu: str) -> None:
     signal.signal(signal.SIGINT, (lambda *_: os._exit(INTERRUPTED)) if heard else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, _leave if heard else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed command lets go of its folder: who trained on would write beside the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # what the job started ends with it
+        time.sleep(GRACE)
+        os._exit(INTERRUPTED)  # else it would wait for the next job
 
 
 def _leave(*_: Any) -> None:

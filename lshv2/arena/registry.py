@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable
@@ -43,7 +44,8 @@ def load_plugins(paths: Iterable[str]) -> None:
 
 
 def _load(path: Path) -> None:
-    name = f"lshv2_arena_plugin_{path.stem}"
+    # two files of one name are two modules, and of a file the same one in every process
+    name = f"lshv2_arena_plugin_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -59,5 +61,5 @@ def _load(path: Path) -> None:
     if not new:
         raise UserError(f"arena.plugins: {path} registers no task: put @register above its class")
     for task in new:
-        if "source" in vars(task) and task.source:  # else it would be looked for where the process happens to run
+        if task.source:  # else it would be looked for where the process happens to run
             task.source = str(path.parent / Path(task.source).expanduser())

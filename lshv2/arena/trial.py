@@ -60,6 +60,8 @@ def _draw(task: ArenaTask, n: int, length: int) -> None:
         if task.split == "train":
             raise UserError(f"{where}: {error}") from None
         raise _Lacking(f"{where}: {error}") from None
+    except Exception as error:  # a person's own code
+        raise UserError(f"{where}: draw raised {type(error).__name__}: {error}") from error
     if problem := _problem(task, examples, n, length):
         raise UserError(f"{where}: {problem}")
 
