@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -317,12 +319,41 @@ def test_an_interrupt_is_one_line_and_leaves_no_process(number: int, group: bool
             job.communicate()
 
 
-def test_an_interrupted_process_that_waits_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+def _interrupted_as_it_sends() -> int:
+    """As a process that is interrupted when its result has arrived, before it knows."""
+    send = Connection.send_bytes
+
+    def send_and_interrupt(self: Connection, *arguments: Any) -> None:
+        send(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Connection.send_bytes = send_and_interrupt  # type: ignore[method-assign]
+    return os.getpid()
+
+
+@pytest.mark.parametrize("work", [os.getpid, _interrupted_as_it_sends])
+def test_an_interrupted_process_that_waits_ends_without_a_word(
+    work: Callable[[], int], capfd: pytest.CaptureFixture[str],
+) -> None:
     """In a thread, as slots are, since it hears no interrupts afterwards."""
     slot = _Slot("", shared=False)
     with ThreadPoolExecutor(1) as thread:
-        waiting = psutil.Process(thread.submit(slot.run, os.getpid).result(60))
+        waiting = psutil.Process(thread.submit(slot.run, work).result(60))
         waiting.send_signal(signal.SIGINT)
-        assert not psutil.wait_procs([waiting], timeout=10)[1]
+        assert not psutil.wait_procs([waiting], timeout=30)[1]
         slot.end()
     assert capfd.readouterr().err == ""
+
+
+def _leaves() -> str:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "unheard"
+
+
+def test_a_job_whose_process_alone_was_sent_a_signal_has_failed_and_the_next_one_runs() -> None:
+    slot = _Slot("", shared=False)
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.raises(RuntimeError, match="a signal ended its process"):
+            thread.submit(slot.run, _leaves).result(60)
+        assert thread.submit(slot.run, abs, -1).result(60) == 1
+        slot.end()

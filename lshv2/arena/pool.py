@@ -19,7 +19,7 @@ from typing import Any
 from lshv2.arena.job import run_job, shown
 from lshv2.arena.study import Job, missing, rows_of
 
-INTERRUPTED, GRACE = 130, 5.0  # seconds
+INTERRUPTED, GRACE = 130, 5  # seconds
 
 
 def visible_gpus() -> list[str]:
@@ -102,6 +102,9 @@ class _Slot:
             self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
         try:
             return self.process.submit(work, *arguments).result()
+        except SystemExit as error:  # which would end the command, not the job
+            self.end()
+            raise RuntimeError("a signal ended its process") from error
         except Exception:
             self.end()
             raise
@@ -135,13 +138,15 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        signal.alarm(GRACE)  # should an operation of PyTorch's not come back to Python in time
         os.kill(os.getpid(), signal.SIGTERM)  # what the job started ends with it
-        time.sleep(GRACE)
-        os._exit(INTERRUPTED)  # else it would wait for the next job
 
 
 def _leave(*_: Any) -> None:
+    """A ProcessPoolExecutor's process takes an exit for a failure of the work, or, while it sends a result, for one of
+    the sending: it would wait for the next job, with no ear for a second interrupt. So it is ended if still there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.alarm(GRACE)
     sys.exit(INTERRUPTED)
 
 
