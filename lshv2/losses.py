@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lshv2.hashing import has_triton
+from lshv2.precision import product_dtype
 
 IGNORE = -100  # a label that is not scored
 # Logits alive at once. On a CPU 4 MB in float32, so that no benchmark's memory is this buffer; a GPU takes 256 MB in
@@ -31,8 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, rows: int, learning: bool
     ) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = product_dtype(hidden)
         head, nats = weight.to(dtype), scale.new_empty(scale.shape)
         if learning:
             d_hidden, d_weight = hidden.new_empty(hidden.shape, dtype=dtype), torch.zeros_like(weight)

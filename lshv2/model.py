@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lshv2.backbone import Angles, Backbone
+from lshv2.block import recomputed
 from lshv2.config import ModelConfig, parse_size
 from lshv2.decoding import Cache
 from lshv2.errors import UserError
@@ -36,6 +37,7 @@ from lshv2.graphs import GraphedStep
 from lshv2.layers import rotary_angles
 from lshv2.losses import IGNORE, linear_cross_entropy
 from lshv2.ponder import answer_weights, expected_steps, halting_log_probs, prior_divergence
+from lshv2.precision import product_dtype
 from lshv2.profiling import region
 from lshv2.sizes import SHAPE_KEYS, shape_for
 
@@ -104,9 +106,9 @@ class LSHModel(Backbone):
         states, halts = [], []
         for n in range(self.config.n_ponder_steps):
             x = self.step_of_all(x, n, angles)
-            state = self.norm(x)
+            state, halt = recomputed(self._exit, x) if self.gradient_checkpoint else self._exit(x)
             states.append(state)
-            halts.append(self.halt(state).squeeze(-1).float())
+            halts.append(halt)
         log_p = halting_log_probs(torch.stack(halts))
         out = LMOutput(states[-1], self.head.weight, expected_steps(log_p.detach()))
         if targets is not None:
@@ -118,6 +120,15 @@ class LSHModel(Backbone):
             divergence = self._divergence(log_p, targets != IGNORE, count)
             out.loss = torch.stack(losses).sum() + self.config.ponder_beta * divergence
         return out
+
+    def _exit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a ponder step's answer is read from [B,T,d], and its halting logits [B,T].
+
+        Rounded here and not where it is read: the losses of all steps pass their gradients back first, and those wait,
+        rounded as the answers are, for the blocks of the later steps.
+        """
+        state = self.norm(x)
+        return state.to(product_dtype(state)), self.halt(state).squeeze(-1).float()
 
     def _divergence(self, log_p: Tensor, scored: Tensor, count: Tensor) -> Tensor:
         """Mean KL to the prior: log_p [N,B,T], scored bool [B,T], what a sum is divided by -> scalar."""
