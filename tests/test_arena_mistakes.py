@@ -235,21 +235,37 @@ def test_pictures_lie_beside_what_the_command_measured(tmp_path: Path, monkeypat
     assert names == {ARENA, "arena", "arena.png"}
 
 
-def test_a_plugin_is_found_from_where_it_is_typed_and_its_change_runs_the_arena_again(
+def test_a_run_adds_to_its_arena_and_trains_anew_what_is_trained_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A plugin is found from where it is typed; its change is seen, and takes nothing from other tasks."""
     pytest.importorskip("nbformat", reason="notebooks are executed")
     monkeypatch.setenv("LSHV2_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
-    said = []
-    for version in (1, 1, 2):
-        (tmp_path / "mine.py").write_text(DRAWS.format(wrong="pass") + f"    version = {version}\n")
-        some = "arena.plugins=mine.py arena.tasks=mine arena.lengths=[64] arena.steps=2"
-        assert lab(["arena", "RUN=mine", "PRESET=test", f"SET={some}"]) == 0
-        said.append(capsys.readouterr().out.splitlines()[0])
-    assert said[0] == "04_arena: runs" and said[1].startswith("04_arena: skipped")
-    assert said[2] == f"04_arena: runs again, because {tmp_path / 'mine.py'} changed"
-    assert {row["task"] for row in rows_of(tmp_path / "runs" / "mine").values()} == {"mine"}
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(DRAWS.format(wrong="pass"))
+
+    def after(tasks: str, more: str = "arena.steps=2") -> tuple[str, dict[str, float]]:
+        """What the phase says first, and when each task was judged."""
+        some = f"SET=arena.plugins=mine.py arena.tasks={tasks} arena.lengths=[64] {more}"
+        assert lab(["arena", "RUN=mine", "PRESET=test", some]) == 0
+        rows = read_jsonl(tmp_path / "runs" / "mine" / ARENA)[0]
+        judged = {row["task"]: row["time"] for row in rows}
+        assert len(rows) == len(judged) * len({row["model"] for row in rows}), "two answers to one question"
+        return capsys.readouterr().out.splitlines()[0], judged
+
+    said, first = after("mine")
+    assert said == "04_arena: runs" and set(first) == {"mine"}
+    assert after("mine")[0].startswith("04_arena: skipped")
+    said, second = after("mine,induction")
+    assert said == "04_arena: runs again, because arena.tasks changed"
+    assert set(second) == {"mine", "induction"} and second["mine"] == first["mine"], "what was judged is judged again"
+    plugin.write_text(plugin.read_text() + "    # now otherwise\n")
+    said, third = after("mine,induction")
+    assert said == f"04_arena: runs again, because {plugin} changed"
+    assert third["mine"] > second["mine"] and third["induction"] == second["induction"]
+    fourth = after("mine", "arena.steps=3")[1]
+    assert fourth["mine"] > third["mine"] and fourth["induction"] == third["induction"]
 
 
 def test_paths_among_the_settings_begin_where_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from runner_notebooks import WRITE_A, pipeline, two_phases, write_notebook
 from lshv2.errors import UserError
 from lshv2.runner import hold
 from lshv2.runner.imports import code_behind
-from lshv2.runner.phases import check_artifact
+from lshv2.runner.phases import Artifact, Phase, check_artifact
 from lshv2.runs import repo_root
 
 
@@ -76,6 +76,33 @@ def test_half_done_work_is_kept_only_for_the_same_results(tmp_path: Path) -> Non
     assert job.run() == 0 and steps.read_text() == "..", "it did not go on where it was"
     assert replace(job, force=True).run() == 1 and steps.read_text() == ".", "a completed phase must start over"
     assert replace(job, seed=1).run() == 1 and steps.read_text() == ".", "another seed's half-done work was kept"
+
+
+def test_a_phase_of_keyed_lines_keeps_them_under_other_settings(tmp_path: Path) -> None:
+    """And those that others added; not what other code made, nor what was changed, nor what a person wants anew."""
+    add = ("from pathlib import Path\nlines = Path(run_dir, 'lines')\nlines.open('a').write(f'{seed}\\n')\n"
+           "Path(run_dir, 'weights').touch()")
+    table = (Phase("01_a", ("seed",), (), (Artifact("lines"),), resumable=("lines", "weights"), keyed="lines"),)
+    job = pipeline(tmp_path, add, table=table)
+    lines = tmp_path / "run" / "lines"
+
+    def after(**changes: object) -> str:
+        assert replace(job, **changes).run() == 0  # type: ignore[arg-type]
+        return lines.read_text().replace("\n", " ")
+
+    assert after() == "0 " and after() == "0 "
+    assert after(seed=1) == "0 1 ", "another seed's lines were taken away"
+    lines.write_text(lines.read_text() + "added\n")
+    assert after(seed=1) == "0 1 added 1 ", "what another command added was taken away"
+    lines.write_text(lines.read_text().replace("0", "9"))
+    assert after(seed=2) == "2 ", "a changed line was kept"
+    assert after(seed=2, force=True) == "2 " and after(seed=3) == "2 3 "
+    (tmp_path / "run" / "01_a.OK").unlink()
+    assert after(seed=4) == "4 ", "deleting a marker asks for everything"
+    write_notebook(tmp_path / "notebooks" / "01_a.ipynb", add, "if seed == 6:\n    raise OSError('power cut')")
+    assert after(seed=5) == "5 ", "what other code made was kept"
+    assert replace(job, seed=6).run() == 1
+    assert after(seed=7) == "5 6 7 ", "half-done work for other settings was taken away"
 
 
 CHILD = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lshv2.arena.job import run_job
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import ARENA, Job, missing, plan, rows_of
+from lshv2.arena.study import ARENA, Job, missing, named, plan, rows_of
 from lshv2.arena.sweep import Point, job_of
 from lshv2.arena.trial import try_draws
 from lshv2.arena_plots import write_pictures
@@ -17,7 +18,7 @@ from lshv2.arena_results import summarise
 from lshv2.config import Settings
 from lshv2.errors import UserError
 from lshv2.progress import Progress
-from lshv2.runs import Run, read_json, write_json
+from lshv2.runs import Run, atomic_path, read_json, read_jsonl, write_json
 
 SUMMARY = "benchmark_summary.json"
 
@@ -50,6 +51,7 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
     On GPUs jobs run side by side in processes of their own, else one after the other. Raises UserError when one failed.
     """
     began, jobs = time.time(), jobs_of(run.settings)
+    _forget_replaced(run.path, jobs)
     there = rows_of(run.path)
     todo = [job for job in jobs if missing(job, there)]
     if len(todo) < len(jobs):
@@ -67,6 +69,19 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
     if left:
         raise UserError(f"{len(left)} of {len(jobs)} models of the arena failed, see above: run the same command again")
     return summarise(list(rows_of(run.path).values()))
+
+
+def _forget_replaced(folder: Path, jobs: list[Job]) -> None:
+    """Take out the lines of models that are now trained in another way: beside the new ones they would be a second
+    answer to one question. What other settings measured, other tasks or lengths or seeds, stays."""
+    now: dict[tuple[Any, ...], str] = {
+        (job.task, job.model, job.seed, named(job, name)): job.trained_as for job in jobs for name, _ in job.settings}
+    rows, _ = read_jsonl(folder / ARENA)
+    kept = [row for row in rows if row.get("trained_as") == now.get(
+        tuple(row.get(name) for name in ("task", "model", "seed", "setting")), row.get("trained_as"))]
+    if len(kept) < len(rows):
+        with atomic_path(folder / ARENA) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def _alone(run: Run, job: Job, bar: Progress) -> None:

@@ -39,11 +39,11 @@ def load_plugins(paths: Iterable[str]) -> None:
             raise UserError(f"arena.plugins: {path} is not a Python file")
         content = path.read_bytes()
         if _LOADED.get(path) != content:
-            _load(path)
+            _load(path, content)
             _LOADED[path] = content
 
 
-def _load(path: Path) -> None:
+def _load(path: Path, content: bytes) -> None:
     # two files of one name are two modules, and of a file the same one in every process
     name = f"lshv2_arena_plugin_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -61,5 +61,6 @@ def _load(path: Path) -> None:
     if not new:
         raise UserError(f"arena.plugins: {path} registers no task: put @register above its class")
     for task in new:
+        task.code = hashlib.sha256(content).hexdigest()[:16]
         if task.source:  # else it would be looked for where the process happens to run
             task.source = str(path.parent / Path(task.source).expanduser())

@@ -69,7 +69,7 @@ class Job:
     def _hash(self, seed: int | None) -> str:
         task = get_task(self.task)
         name = self.task if task.version == 1 else f"{self.task} {task.version}"
-        name += f" of {task.source}" if task.source else ""
+        name += (f" of {task.source}" if task.source else "") + (f" by {task.code}" if task.code else "")
         config = self.config.model_dump(exclude={"max_seq_len"})
         config |= {} if self.config.use_ponder else UNUSED
         config = {name: value for name, value in config.items() if (name, value) not in LATER.items()}

@@ -55,8 +55,9 @@ class ArenaTask(ABC):
 
     exact: a sequence counts as right only when all its answers are. min_length: shorter sequences do not fit.
     metric: "accuracy", or "bits_per_byte", of which less is better. version: raised whenever the sequences change, so
-    that models of earlier ones are trained and judged anew; so does another `source`, what the sequences are made of (a
-    relative path begins at the folder of the class's file). in_processes: drawing is Python rather than numpy, so that
+    that models of earlier ones are trained and judged anew; so do another `source`, what the sequences are made of (a
+    relative path begins at the folder of the class's file), and another `code`, what a plugin's file was as it was
+    loaded. in_processes: drawing is Python rather than numpy, so that
     training draws in processes instead of threads. like: the task whose recipe it learns by, unless `recipes.RECIPES`
     has one under its own name. paired: all lengths are drawn by the same random numbers. headline: the group and the
     label whose mean is the value; None: all answers.
@@ -70,6 +71,7 @@ class ArenaTask(ABC):
     version: ClassVar[int] = 1
     in_processes: ClassVar[bool] = False
     source: ClassVar[str | None] = None
+    code: ClassVar[str] = ""
     like: ClassVar[str] = ""
     paired: ClassVar[bool] = False
     headline: ClassVar[tuple[str, str] | None] = None

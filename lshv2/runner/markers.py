@@ -1,7 +1,7 @@
 """`OK` markers: what a phase's results rest on, and the reason why it must run again.
 
 A marker holds the hashes of the phase's inputs and outputs. Inputs are its settings, the results of the phases it
-reads, the text in `data.source`, its notebook, the files of `lshv2` behind it (`imports`), the arena's plugins,
+reads, the text in `data.source`, the arena's plugins, its notebook, the files of `lshv2` behind it (`imports`),
 Python, torch and the visible GPUs. `STARTED` holds the same from before the phase, so that a phase that can resume does
 so only towards the results it was started for.
 """
@@ -24,6 +24,7 @@ from lshv2.runs import Run, now, read_json, repo_root, sha256, write_json
 
 Inputs = dict[str, dict[str, str]]  # group -> name -> value or hash
 DECIDING = ("settings", "results")  # the groups that a half-done phase must share to go on
+BEYOND = ("results", "code", "environment")  # what lines do not say of themselves
 
 
 def describe_inputs(phase: Phase, run: Run, notebook: Path, table: tuple[Phase, ...] = PHASE_TABLE) -> Inputs:
@@ -36,9 +37,9 @@ def describe_inputs(phase: Phase, run: Run, notebook: Path, table: tuple[Phase, 
     return {
         "settings": _settings(phase, run),
         "results": results,
+        "plugins": {path: sha256(Path(path)) if Path(path).is_file() else "missing" for path in plugins},
         "code": {f"notebooks/{notebook.name}": _hash_notebook(notebook)}
-        | {str(path.relative_to(root)): sha256(path) for path in code_behind(notebook)}
-        | {path: sha256(Path(path)) if Path(path).is_file() else "missing" for path in plugins},
+        | {str(path.relative_to(root)): sha256(path) for path in code_behind(notebook)},
         "environment": {
             "the Python version": platform.python_version(),
             "the torch version": metadata.version("torch"),
@@ -65,17 +66,45 @@ def reason_to_run(phase: Phase, run: Run, inputs: Inputs) -> str | None:
 
 def begin(phase: Phase, run: Run, inputs: Inputs) -> None:
     """Withdraw the old markers, and the old half-done work unless it was for the same results."""
-    completed = run.marker(phase.name).exists()
+    completed, marker = run.marker(phase.name).exists(), read_json(run.marker(phase.name))[0]
     for state in ("OK", "FAILED"):
         (run.path / f"{phase.name}.{state}").unlink(missing_ok=True)
     started = run.path / f"{phase.name}.STARTED"
     before = read_json(started)[0]
     if isinstance(before, dict):  # else nothing is known of what lies there: it stays
-        same = all(before.get("inputs", {}).get(group) == inputs[group] for group in DECIDING)
-        if completed or before.get("finished") or not same:
+        done = completed or before.get("finished")
+        if not (_adds_to(phase, run, marker, inputs) if done else _goes_on(phase, before, inputs)):
             for name in phase.resumable:
                 _remove(run.path / name)
     write_json(started, {"phase": phase.name, "started": now(), "finished": None, "inputs": inputs})
+
+
+def _goes_on(phase: Phase, before: dict[str, Any], inputs: Inputs) -> bool:
+    """Whether half-done work is for these results too."""
+    deciding = (group for group in DECIDING if not (phase.keyed and group == "settings"))
+    return all(before.get("inputs", {}).get(group) == inputs[group] for group in deciding)
+
+
+def _adds_to(phase: Phase, run: Run, marker: Any, inputs: Inputs) -> bool:
+    """Whether a completed phase leaves what it has and adds what is missing: its lines are still there, whatever came
+    behind them, and were made by what there is now."""
+    if not (phase.keyed and isinstance(marker, dict) and {"inputs", "outputs"} <= marker.keys()):
+        return False
+    made_by = ({group: of.get(group, {}) for group in BEYOND} for of in (marker["inputs"], inputs))
+    return not _differences(*made_by) and _begins_as(run.path / phase.keyed, marker["outputs"].get(phase.keyed))
+
+
+def _begins_as(path: Path, digest: str | None) -> bool:
+    """Whether a file begins with the lines that had this sha256."""
+    read = hashlib.sha256()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        for line in file:
+            read.update(line)
+            if read.hexdigest() == digest:
+                return True
+    return False
 
 
 def complete(phase: Phase, run: Run, inputs: Inputs, seconds: float) -> str | None:

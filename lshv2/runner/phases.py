@@ -40,6 +40,8 @@ class Phase:
 
     after: phases whose results it reads, where they exist. resumable: what a half-done phase goes on from; removed
     when the phase was completed before or its settings have changed, so that no old weights pass for new ones.
+    keyed: the one of them whose lines, as all that goes with them, say themselves what they were made with: changed
+    settings and plugins take nothing away then, nor do lines that others have added.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Phase:
     after: tuple[str, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     resumable: tuple[str, ...] = ()
+    keyed: str = ""
 
 
 def trained(run: Run) -> bool:
@@ -98,6 +101,7 @@ PHASE_TABLE = (
         (),
         (Artifact("arena.jsonl"), Artifact("arena.png")),
         resumable=("arena", "arena.jsonl"),
+        keyed="arena.jsonl",
     ),
     Phase(
         "05_report",
