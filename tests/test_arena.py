@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from dataclasses import replace
@@ -231,6 +232,27 @@ def test_captured_steps_are_the_eager_ones(attention: Any, monkeypatch: pytest.M
         model = LSHModel(how.model(task.vocab_size, attention, 1024), seed=0).to(device)
         curves.append(learn.train(model, task, how, 0, device)["loss_train"])
     assert np.abs(np.subtract(*curves)).max() < 0.02 < 0.2 < max(curves[0]) - curves[0][-1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_captured_steps_go_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same sums; with fresh moments the second half is another one (.142 away, on a CPU)."""
+    device, task, checkpoints = torch.device("cuda"), get_task("induction"), list[bytes]()
+    how = replace(recipe("induction"), lengths=(64, 256), steps=20)
+    monkeypatch.setattr(learn, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(learn, "CHECK_EVERY", 10)
+
+    def save(content: dict[str, Any]) -> None:
+        torch.save(content, file := io.BytesIO())
+        checkpoints.append(file.getvalue())
+
+    curves = []
+    for kept in (None, 0):
+        model = LSHModel(how.model(task.vocab_size, "lsh", 1024), seed=0).to(device)
+        at = None if kept is None else torch.load(io.BytesIO(checkpoints[kept]), map_location="cpu", weights_only=True)
+        curves.append(learn.train(model, task, how, 0, device, kept=at, save=save)["loss_train"])
+    assert len(checkpoints) == 1 and curves[0][:10] == curves[1][:10]
+    assert np.abs(np.subtract(*curves)).max() < 0.02
 
 
 def test_an_example_knows_its_answers() -> None:

@@ -202,6 +202,53 @@ def test_the_sweep_executes_a_notebook_a_point_and_goes_on(tmp_path: Path, capsy
     assert capsys.readouterr().out.count(": there") == 3
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lshv2.arena import job, learn
+from lshv2.arena.study import plan
+
+def on_step(step, loss):
+    if step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+learn.SAVE_EVERY, learn.CHECK_EVERY = 0.0, 3
+changes = {"steps": 10, "sequences": 2, "tokens": 256, "lengths": (64, 128)}
+one, = plan(["mqar"], ("lsh",), (0,), (128,), True, changes=changes)
+job.run_job(one, Path(sys.argv[1]), on_step=on_step)
+"""
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    """To the bit: weights, cells, losses. Killed twice, once right after a checkpoint that was then torn."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+    def run(folder: str, killed_at: int = 0) -> str:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / folder), str(killed_at)]
+        (tmp_path / folder).mkdir(exist_ok=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == (-signal.SIGKILL if killed_at else 0), done.stderr
+        return done.stdout
+
+    run("whole")
+    half, weights = (tmp_path / "parts" / "arena" / f"mqar-lsh-0{end}" for end in (".half.pt", ".pt"))
+    assert run("parts", 3) == "" and half.exists()
+    assert run("parts", 9) == "mqar lsh seed 0: goes on after step 3 of 10\n"
+    assert len(torch.load(half)["losses"]) == 9 and not weights.exists()
+    whole_half = half.read_bytes()
+    half.write_bytes(whole_half[:-100])
+    assert "mqar-lsh-0.half.pt is unreadable" in run("parts", 6)
+    half.write_bytes(whole_half)
+    assert run("parts").startswith("mqar lsh seed 0: goes on after step 9 of 10\n") and not half.exists()
+    first, second = (torch.load(tmp_path / folder / "arena" / weights.name) for folder in ("whole", "parts"))
+    assert first["figures"]["loss_train"] == second["figures"]["loss_train"]
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(x, second["model"][name]) for name, x in first["model"].items())
+    values = [rows_of(tmp_path / folder).values() for folder in ("whole", "parts")]
+    assert [row["value"] for row in values[0]] == [row["value"] for row in values[1]]
+
+
 PLUGIN = """
 from lshv2.arena.task import register
 from lshv2.arena.tasks.text import Text

@@ -2,8 +2,8 @@
 
     for job in plan(tasks, attentions, seeds): run_job(job, folder)     # side by side: `lshv2.arena.pool.run_pool`
 
-Lines are written when they are there. The weights lie in `arena/` beside them, with what they were trained with, so
-that a killed study trains nothing twice.
+Lines are written when they are there. The weights lie in `arena/` beside them, with what they were trained with, and
+until there are any, checkpoints of the training: a killed study loses a minute.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,23 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
     model = LSHModel(job.config, job.seed).to(device)
     label = re.sub(r"\W+", "-", f"-{job.label}") if job.label else ""
     weights = folder / f"{job.task}-{job.model}-{job.seed}{label}.pt"
-    state = _state(weights)
-    if state.get("trained_as") == job.trained_as:
+    half = weights.with_suffix(".half.pt")
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        with atomic_path(path) as temporary:
+            torch.save({"trained_as": job.trained_as, **content}, temporary)
+
+    if state := _state(weights, job, "figures", "model"):
         model.load_state_dict(state["model"])
     else:
         task.split = "train"
-        figures = train(model, task, job.recipe, job.seed, device, on_step, job.plugins)
-        state = {"trained_as": job.trained_as, "figures": figures, "model": model.state_dict()}
-        with atomic_path(weights) as temporary:
-            torch.save(state, temporary)
+        if kept := _state(half, job, "model", "optimizer", "losses", "seconds"):
+            steps = f"{len(kept['losses']):,} of {job.recipe.steps:,}"
+            print(f"{job.task} {job.model} seed {job.seed}: goes on after step {steps}", flush=True)
+        figures = train(model, task, job.recipe, job.seed, device, on_step, job.plugins, kept, partial(save, half))
+        state = {"figures": figures, "model": model.state_dict()}
+        save(weights, state)
+    half.unlink(missing_ok=True)
     return model, {
         "schema": SCHEMA, "task": job.task, "model": job.model, "seed": job.seed, "trained_as": job.trained_as,
         "trained_by": job.trained_by, "trained_len": max(job.recipe.lengths), "steps": state["figures"]["steps"],
@@ -92,8 +101,8 @@ def _trained(job: Job, task: ArenaTask, folder: Path, on_step: Callable[[int, fl
     }
 
 
-def _state(weights: Path) -> dict[str, Any]:
-    """What lies there; empty where nothing does, or nothing readable."""
+def _state(weights: Path, job: Job, *parts: str) -> dict[str, Any]:
+    """What lies there with these parts; empty where nothing does, nothing readable, or what another job made."""
     import torch
 
     if not weights.is_file():
@@ -101,8 +110,8 @@ def _state(weights: Path) -> dict[str, Any]:
     content = io.BytesIO(weights.read_bytes())  # a disk that fails ends the job: what lies there may be whole
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-        if set(state) >= {"trained_as", "figures", "model"}:
-            return dict(state)
+        if set(state) >= {"trained_as", *parts}:
+            return dict(state) if state["trained_as"] == job.trained_as else {}
         problem = "not an arena model"
     except Exception as error:  # a torn file raises anything: KeyError, EOFError, OSError, UnpicklingError
         problem = f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]

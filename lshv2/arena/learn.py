@@ -1,6 +1,7 @@
 """Training one of the arena's models: AdamW, warm-up, cosine, clipping; sequences drawn while the device computes.
 
-Step i's sequences follow from (seed, i) alone. What is drawn for one step is never drawn for another.
+Step i's sequences follow from (seed, i) alone, so that a training which goes on from a checkpoint ends as if it had
+never been stopped. What is drawn for one step is never drawn for another.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lshv2.optimizer import make_optimizer, scheduled
 Drawn = tuple[np.ndarray, np.ndarray]
 AHEAD = 20  # steps drawn ahead
 CHECK_EVERY = 100  # steps between looks at the loss, for which the device is waited for
+SAVE_EVERY = 60.0  # seconds between checkpoints, at such a look
 TRAINING, JUDGING = 0, 1  # streams of random numbers
 
 
@@ -55,10 +57,13 @@ def to_device(x: np.ndarray, device: torch.device) -> Tensor:
 class _Steps:
     """Optimizer steps, as CUDA graphs on a GPU."""
 
-    def __init__(self, model: LSHModel, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, model: LSHModel, recipe: Recipe, device: torch.device, kept: dict[str, Any] | None) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         self.settings = TrainingConfig(learning_rate=recipe.learning_rate)
         self.optimizer = make_optimizer(model, self.settings, recipe.learning_rate)
+        if kept:  # before the rate is set in a place of its own, and before anything is captured
+            model.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
         self.set_rate = rate_setter(self.optimizer, device)
         self.step = GraphedStep(self._eager, device)
 
@@ -82,31 +87,38 @@ class _Steps:
 def train(
     model: LSHModel, task: ArenaTask, recipe: Recipe, seed: int, device: torch.device,
     on_step: Callable[[int, float], None] = lambda step, loss: None, plugins: Sequence[str] = (),
+    kept: dict[str, Any] | None = None, save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train in place: `steps train_seconds loss_train` (means over twenty parts).
 
-    on_step: every CHECK_EVERY steps. plugins: files that define the task, for the processes that draw.
+    on_step: every CHECK_EVERY steps. plugins: files that define the task, for the processes that draw. save: takes a
+    checkpoint every SAVE_EVERY seconds; kept: the last of them, to go on from.
     Raises FloatingPointError when the loss is not finite.
     """
-    one = _Steps(model, recipe, device)
-    losses: list[Tensor] = []
+    one = _Steps(model, recipe, device, kept)
+    losses = list(kept["losses"].to(device)) if kept else list[Tensor]()
     model.train()
-    began = time.perf_counter()
-    for step, (ids, labels) in enumerate(_drawn(task, recipe, seed, device, plugins), 1):
+    began = time.perf_counter() - (kept["seconds"] if kept else 0.0)
+    saved = time.perf_counter()
+    for step, (ids, labels) in enumerate(_drawn(task, recipe, seed, device, plugins, len(losses)), len(losses) + 1):
         losses.append(one(step - 1, ids, labels))
         if step % CHECK_EVERY == 0 or step == recipe.steps:
             newest = torch.stack(losses[-CHECK_EVERY:]).mean().item()
             if not np.isfinite(newest):
                 raise FloatingPointError(f"{task.name}: the loss is {newest} at step {step}")
+            if save and step < recipe.steps and time.perf_counter() - saved >= SAVE_EVERY:
+                save({"model": model.state_dict(), "optimizer": one.optimizer.state_dict(),
+                      "losses": torch.stack(losses), "seconds": time.perf_counter() - began})
+                saved = time.perf_counter()
             on_step(step, newest)
     curve = [part.mean().item() for part in torch.stack(losses).tensor_split(min(20, len(losses)))]
     return {"steps": recipe.steps, "train_seconds": round(time.perf_counter() - began, 2), "loss_train": curve}
 
 
 def _drawn(
-    task: ArenaTask, recipe: Recipe, seed: int, device: torch.device, plugins: Sequence[str] = ()
+    task: ArenaTask, recipe: Recipe, seed: int, device: torch.device, plugins: Sequence[str] = (), first: int = 0
 ) -> Iterator[Batch]:
-    """Batches of all steps, drawn some steps ahead by others."""
+    """Batches of all steps from `first` on, drawn some steps ahead by others."""
     workers = min(16 if task.in_processes else 8, os.cpu_count() or 1)
     if task.in_processes:
         pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), load_plugins, (plugins,))
@@ -115,7 +127,7 @@ def _drawn(
     with pool:
         coming: deque[Future[Drawn]] = deque()
         try:
-            for step in range(recipe.steps):
+            for step in range(first, recipe.steps):
                 while len(coming) < AHEAD and step + len(coming) < recipe.steps:
                     with _deaf_to_interrupts():
                         coming.append(pool.submit(_draw, task, recipe, seed, step + len(coming)))
