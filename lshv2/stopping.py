@@ -11,12 +11,15 @@ Handlers stand only inside the `with`, and only in the main thread: elsewhere Py
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 5  # seconds that a process gets to end by itself
 IMPATIENT = 1.0  # seconds: a person's second Ctrl-C, not a supervisor that signals the process and then its group
 
 
@@ -68,3 +71,19 @@ def ignore_signals(_: int = 0) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """For a process of multiprocessing: end when the one that started it has, within GRACE seconds, however that was.
+
+    Else it would wait for more, or work on beside whoever is next; what it started itself ends with it.
+    """
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
+
+
+def _outlive_no_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        signal.alarm(GRACE)  # should an operation of PyTorch's not come back to Python in time
+        os.kill(os.getpid(), signal.SIGTERM)

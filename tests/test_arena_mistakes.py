@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lshv2.__main__ import _given_settings
 from lshv2.__main__ import main as lab
 from lshv2.arena.__main__ import main
 from lshv2.arena.job import run_job
+from lshv2.arena.phase import run_arena
 from lshv2.arena.pool import _Slot
 from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.study import ARENA, missing, plan, rows_of
@@ -31,7 +33,7 @@ from lshv2.arena.task import REGISTERED
 from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
 from lshv2.runner.sweep import run_sweep
-from lshv2.runs import append_jsonl, hold, read_jsonl
+from lshv2.runs import append_jsonl, hold, open_run, read_jsonl
 
 SMALL = ("--small", "--seeds", "0", "--attentions", "lsh", "--steps", "2", "--sequences", "4")
 
@@ -250,9 +252,8 @@ def test_a_run_adds_to_its_arena_and_trains_anew_what_is_trained_otherwise(
         some = f"SET=arena.plugins=mine.py arena.tasks={tasks} arena.lengths=[64] {more}"
         assert lab(["arena", "RUN=mine", "PRESET=test", some]) == 0
         rows = read_jsonl(tmp_path / "runs" / "mine" / ARENA)[0]
-        judged = {row["task"]: row["time"] for row in rows}
-        assert len(rows) == len(judged) * len({row["model"] for row in rows}), "two answers to one question"
-        return capsys.readouterr().out.splitlines()[0], judged
+        assert len(rows) == len({(row["task"], row["model"]) for row in rows}), "two answers to one question"
+        return capsys.readouterr().out.splitlines()[0], {row["task"]: row["time"] for row in rows}
 
     said, first = after("mine")
     assert said == "04_arena: runs" and set(first) == {"mine"}
@@ -266,6 +267,52 @@ def test_a_run_adds_to_its_arena_and_trains_anew_what_is_trained_otherwise(
     assert third["mine"] > second["mine"] and third["induction"] == second["induction"]
     fourth = after("mine", "arena.steps=3")[1]
     assert fourth["mine"] > third["mine"] and fourth["induction"] == third["induction"]
+    log = tmp_path / "runs" / "mine" / "logs" / "04_arena.log"
+    assert "2 lines of mine are taken out: their models are trained otherwise now" in log.read_text()
+
+
+def test_twins_and_seeds_in_a_run_are_trained_alike_or_taken_out(tmp_path: Path) -> None:
+    """What `python -m lshv2.arena` added too, its other sequences, and not what is of another trained length."""
+    def rows() -> list[tuple[str, int, int, str, int]]:
+        found = read_jsonl(tmp_path / ARENA)[0]
+        return sorted((row["model"], row["seed"], row["steps"], row["setting"], row["trained_len"]) for row in found)
+
+    def run(seed: int = 0, **arena: Any) -> None:
+        changes = {"tasks": ("induction",), "lengths": (64,), "sequences": 2, **arena}
+        run_arena(open_run(tmp_path, preset="test", overrides={f"arena.{k}": v for k, v in changes.items()}, seed=seed))
+
+    run(attentions=("lsh", "dense"), steps=1)
+    length = rows()[0][-1]
+    other, = plan(["induction"], ("lsh",), (0,), (64,), True, changes={"sequences": 2, "steps": 1, "lengths": (32,)})
+    same, = plan(["induction"], ("lsh",), (0,), (64,), True, changes={"sequences": 2, "steps": 1})
+    run_job(other, tmp_path)
+    run_job(replace(same, asked=1), tmp_path)
+    lsh, dense, asked = (("lsh", 0, 1, "", length), ("dense", 0, 1, "", length), ("lsh", 0, 1, "sequences 1", length))
+    assert rows() == sorted([lsh, dense, asked, ("lsh", 0, 1, "", 32)])
+    run(attentions=("lsh",), seed=1, steps=1)
+    assert rows() == sorted([lsh, dense, asked, ("lsh", 0, 1, "", 32), ("lsh", 1, 1, "", length)])
+    run(attentions=("lsh",), steps=2)
+    assert rows() == sorted([("lsh", 0, 2, "", length), ("lsh", 0, 1, "", 32)])
+
+
+PREPARES = DRAWS.format(wrong="ids[:] = self.value") + """
+    def prepare(self, folder):
+        made = folder / "made"
+        if not made.exists():
+            made.write_text("1")
+        self.value = int(made.read_text())
+"""
+
+
+def test_what_another_version_of_a_plugin_prepared_is_not_read(tmp_path: Path) -> None:
+    plugin, read = tmp_path / "mine.py", []
+    for text in (PREPARES, PREPARES, PREPARES.replace('"1"', '"5"')):
+        plugin.write_text(text)
+        job, = plan(["mine"], ("lsh",), (0,), (64,), True, [str(plugin)], {"steps": 1, "sequences": 2})
+        try_draws([job], tmp_path / "arena")
+        folder, = (tmp_path / "arena").iterdir()
+        read.append((folder / "made").read_text())
+    assert read == ["1", "1", "5"]
 
 
 def test_paths_among_the_settings_begin_where_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +395,7 @@ def _interrupted_as_it_sends() -> int:
 
 
 @pytest.mark.parametrize("work", [os.getpid, _interrupted_as_it_sends])
-def test_an_interrupted_process_that_waits_ends_without_a_word(
+def test_an_interrupted_process_that_waits_ends_without_a_word_and_the_next_job_has_another(
     work: Callable[[], int], capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In a thread, as slots are, since it hears no interrupts afterwards."""
@@ -357,6 +404,7 @@ def test_an_interrupted_process_that_waits_ends_without_a_word(
         waiting = psutil.Process(thread.submit(slot.run, work).result(60))
         waiting.send_signal(signal.SIGINT)
         assert not psutil.wait_procs([waiting], timeout=30)[1]
+        assert thread.submit(slot.run, abs, -1).result(60) == 1
         slot.end()
     assert capfd.readouterr().err == ""
 
@@ -373,3 +421,31 @@ def test_a_job_whose_process_alone_was_sent_a_signal_has_failed_and_the_next_one
             thread.submit(slot.run, _leaves).result(60)
         assert thread.submit(slot.run, abs, -1).result(60) == 1
         slot.end()
+
+
+SLOW_TO_DRAW = DRAWS.format(wrong="__import__('time').sleep(4 if self.split == 'train' and n > 8 else 0)")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_that_draw_for_a_while_end_with_the_command(number: int, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SLOW_TO_DRAW + "    in_processes = True\n")
+    command = [sys.executable, "-m", "lshv2.arena", str(tmp_path / "out"), "--small", "--seeds", "0", "--attentions",
+               "lsh", "--plugins", str(tmp_path / "mine.py"), "--tasks", "mine", "--lengths", "64"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    process, until = psutil.Process(job.pid), time.monotonic() + 60
+    try:
+        while not any(child.children() for child in process.children()):
+            assert time.monotonic() < until and job.poll() is None, "nothing was drawn"
+            time.sleep(0.1)
+        time.sleep(3)
+        started = process.children(recursive=True)
+        os.kill(job.pid, number)
+        job.communicate(timeout=100)
+        assert not psutil.wait_procs(started, timeout=30)[1]
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from lshv2.errors import UserError
 from lshv2.runner import hold
 from lshv2.runner.imports import code_behind
 from lshv2.runner.phases import Artifact, Phase, check_artifact
-from lshv2.runs import repo_root
+from lshv2.runs import repo_root, write_json
 
 
 def say(job: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -78,7 +79,9 @@ def test_half_done_work_is_kept_only_for_the_same_results(tmp_path: Path) -> Non
     assert replace(job, seed=1).run() == 1 and steps.read_text() == ".", "another seed's half-done work was kept"
 
 
-def test_a_phase_of_keyed_lines_keeps_them_under_other_settings(tmp_path: Path) -> None:
+def test_a_phase_of_keyed_lines_keeps_them_under_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And those that others added; not what other code made, nor what was changed, nor what a person wants anew."""
     add = ("from pathlib import Path\nlines = Path(run_dir, 'lines')\nlines.open('a').write(f'{seed}\\n')\n"
            "Path(run_dir, 'weights').touch()")
@@ -103,6 +106,39 @@ def test_a_phase_of_keyed_lines_keeps_them_under_other_settings(tmp_path: Path) 
     assert after(seed=5) == "5 ", "what other code made was kept"
     assert replace(job, seed=6).run() == 1
     assert after(seed=7) == "5 6 7 ", "half-done work for other settings was taken away"
+    assert replace(job, seed=6).run() == 1
+    assert after(seed=8, force=True) == "8 ", "what is asked for anew went on"
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert after(seed=9) == "8 9 ", "another GPU is no reason to begin anew"
+    lines.write_text("8 \n9")
+    (tmp_path / "run" / "01_a.OK").write_text((tmp_path / "run" / "01_a.OK").read_text().replace(
+        hashlib.sha256(b"8\n9\n").hexdigest(), hashlib.sha256(b"8 \n9").hexdigest()))
+    lines.write_text("8 \n9\n")
+    assert after(seed=10).split() == ["8", "9", "10"], "a torn line that was ended since is another file"
+
+    write_notebook(tmp_path / "notebooks" / "01_a.ipynb", add, "if seed == 11:\n    raise OSError('power cut')")
+    assert after(seed=5) == "5 " and replace(job, seed=11).run() == 1
+    write_notebook(tmp_path / "notebooks" / "01_a.ipynb", add)
+    assert after(seed=12) == "12 ", "what other code made was kept for other settings"
+
+
+def test_a_kill_while_a_phase_begins_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = ("from pathlib import Path\nlines = Path(run_dir, 'lines')\nlines.open('a').write(f'{seed}\\n')")
+    table = (Phase("01_a", ("seed",), (), (Artifact("lines"),), resumable=("lines",), keyed="lines"),)
+    job = pipeline(tmp_path, add, table=table)
+    assert job.run() == 0
+    for written in (False, True):
+        def cut(path: Path, content: object, written: bool = written) -> None:
+            if written:
+                write_json(path, content)
+            raise OSError("power cut")
+
+        with monkeypatch.context() as killed:
+            killed.setattr("lshv2.runner.markers.write_json", cut)
+            with pytest.raises(OSError, match="power cut"):
+                replace(job, seed=1).run()
+    assert replace(job, seed=1).run() == 0 and (tmp_path / "run" / "lines").read_text() == "0\n1\n"
 
 
 CHILD = """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.arena.registry import get_task, load_plugins
-from lshv2.arena.study import ARENA, Job, Row, missing, named, rows_of
+from lshv2.arena.study import ARENA, Job, Row, missing, named, rows_of, workplace
 from lshv2.arena.task import ArenaTask
 from lshv2.config import ModelConfig
 from lshv2.errors import UserError
@@ -50,7 +50,7 @@ def run_job(
     if not todo:
         return 0
     task = get_task(job.task)
-    task.prepare(folder / "arena")
+    task.prepare(workplace(folder / "arena", task))
     model, fixed = _trained(job, task, folder / "arena", on_step)
     for setting, length in todo:
         judged_with = {named(job, name): dict(changed) for name, changed in job.settings}

@@ -30,6 +30,7 @@ from lshv2.evaluation import Batch
 from lshv2.graphs import GraphedStep, rate_setter
 from lshv2.model import LSHModel
 from lshv2.optimizer import make_optimizer, scheduled
+from lshv2.stopping import end_with_parent
 
 Drawn = tuple[np.ndarray, np.ndarray]
 AHEAD = 20  # steps drawn ahead
@@ -121,7 +122,7 @@ def _drawn(
     """Batches of all steps from `first` on, drawn some steps ahead by others."""
     workers = min(16 if task.in_processes else 8, os.cpu_count() or 1)
     if task.in_processes:
-        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), load_plugins, (plugins,))
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (plugins,))
     else:
         pool = ThreadPoolExecutor(workers)
     with pool:
@@ -136,6 +137,12 @@ def _drawn(
         finally:
             for future in coming:
                 future.cancel()
+
+
+def _begin(plugins: Sequence[str]) -> None:
+    """How a process that draws begins: it hears no interrupts, and who trains may be killed."""
+    end_with_parent()
+    load_plugins(plugins)
 
 
 @contextlib.contextmanager

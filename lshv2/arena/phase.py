@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lshv2.arena.job import run_job
 from lshv2.arena.pool import run_pool, visible_gpus
+from lshv2.arena.recipes import ATTENTIONS, Attention
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import ARENA, Job, missing, named, plan, rows_of
+from lshv2.arena.study import ARENA, Job, Row, missing, named, plan, rows_of
 from lshv2.arena.sweep import Point, job_of
 from lshv2.arena.trial import try_draws
 from lshv2.arena_plots import write_pictures
@@ -23,13 +26,14 @@ from lshv2.runs import Run, atomic_path, read_json, read_jsonl, write_json
 SUMMARY = "benchmark_summary.json"
 
 
-def jobs_of(settings: Settings) -> list[Job]:
-    """The study's jobs; raises UserError for an unknown task, before anything is trained."""
+def jobs_of(settings: Settings, attentions: Sequence[Attention] | None = None) -> list[Job]:
+    """The study's jobs, or those of other attentions. Raises UserError for an unknown task, before anything is trained.
+    """
     arena = settings.arena
     load_plugins(arena.plugins)
     seeds = range(settings.seed, settings.seed + arena.seeds)
     tasks, changes = arena.tasks or task_names(), _changes(settings)
-    return plan(tasks, arena.attentions, seeds, arena.lengths, arena.small, arena.plugins, changes)
+    return plan(tasks, attentions or arena.attentions, seeds, arena.lengths, arena.small, arena.plugins, changes)
 
 
 def check_arena(settings: Settings) -> list[Job]:
@@ -51,7 +55,7 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
     On GPUs jobs run side by side in processes of their own, else one after the other. Raises UserError when one failed.
     """
     began, jobs = time.time(), jobs_of(run.settings)
-    _forget_replaced(run.path, jobs)
+    _forget_replaced(run)
     there = rows_of(run.path)
     todo = [job for job in jobs if missing(job, there)]
     if len(todo) < len(jobs):
@@ -71,17 +75,26 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
     return summarise(list(rows_of(run.path).values()))
 
 
-def _forget_replaced(folder: Path, jobs: list[Job]) -> None:
-    """Take out the lines of models that are now trained in another way: beside the new ones they would be a second
-    answer to one question. What other settings measured, other tasks or lengths or seeds, stays."""
-    now: dict[tuple[Any, ...], str] = {
-        (job.task, job.model, job.seed, named(job, name)): job.trained_as for job in jobs for name, _ in job.settings}
-    rows, _ = read_jsonl(folder / ARENA)
-    kept = [row for row in rows if row.get("trained_as") == now.get(
-        tuple(row.get(name) for name in ("task", "model", "seed", "setting")), row.get("trained_as"))]
-    if len(kept) < len(rows):
-        with atomic_path(folder / ARENA) as temporary:
+def _forget_replaced(run: Run) -> None:
+    """Take out the lines of models that these settings train otherwise, of all seeds and twins of a task and trained
+    length: beside the new ones they would be a second answer to one question. What else there is stays."""
+    now = {(job.task, job.model, named(job, name), max(job.recipe.lengths)): job.trained_by
+           for job in jobs_of(run.settings, ATTENTIONS) for name, _ in job.settings}
+    kept, gone = list[Row](), list[Row]()
+    for row in read_jsonl(run.path / ARENA)[0]:
+        trained_by = row.get("trained_by")
+        (kept if trained_by == now.get(_question(row), trained_by) else gone).append(row)
+    if gone:
+        with atomic_path(run.path / ARENA) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        tasks = ", ".join(sorted({row["task"] for row in gone}))
+        print(f"{len(gone)} lines of {tasks} are taken out: their models are trained otherwise now")
+
+
+def _question(row: Row) -> tuple[Any, ...]:
+    """What a line answers, whichever the sequences."""
+    setting = re.sub(r"(^|, )sequences \d+$", "", str(row.get("setting")))
+    return row.get("task"), row.get("model"), setting, row.get("trained_len")
 
 
 def _alone(run: Run, job: Job, bar: Progress) -> None:

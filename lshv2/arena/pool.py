@@ -8,18 +8,19 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lshv2.arena.job import run_job, shown
 from lshv2.arena.study import Job, missing, rows_of
+from lshv2.stopping import end_with_parent
 
-INTERRUPTED, GRACE = 130, 5  # seconds
+INTERRUPTED = 130
+_working = False  # in a process of a slot: whether it has a job
 
 
 def visible_gpus() -> list[str]:
@@ -97,17 +98,24 @@ class _Slot:
         self.process: ProcessPoolExecutor | None = None
 
     def run(self, work: Callable[..., str], *arguments: Any) -> str:
-        if self.process is None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of what it starts
-            self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
         try:
-            return self.process.submit(work, *arguments).result()
+            return self._given(work, *arguments).result()
         except SystemExit as error:  # which would end the command, not the job
             self.end()
             raise RuntimeError("a signal ended its process") from error
         except Exception:
             self.end()
             raise
+
+    def _given(self, *job: Any) -> Future[str]:
+        """A job that a process has; a new process where there is none, or the last one was ended while it waited."""
+        if self.process is not None:
+            with suppress(BrokenExecutor):
+                return self.process.submit(_do, *job)
+            self.end()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of what it starts
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
+        return self.process.submit(_do, *job)
 
     def end(self) -> None:
         if self.process is not None:
@@ -130,24 +138,23 @@ def _choose_gpu(gpu: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, _leave if heard else signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed command lets go of its folder: who trained on would write beside the next one."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        signal.alarm(GRACE)  # should an operation of PyTorch's not come back to Python in time
-        os.kill(os.getpid(), signal.SIGTERM)  # what the job started ends with it
+    end_with_parent()
 
 
 def _leave(*_: Any) -> None:
-    """A ProcessPoolExecutor's process takes an exit for a failure of the work, or, while it sends a result, for one of
-    the sending: it would wait for the next job, with no ear for a second interrupt. So it is ended if still there."""
+    if not _working:  # else concurrent.futures would take it for a failure of sending a result, and wait for more
+        os._exit(INTERRUPTED)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.alarm(GRACE)
     sys.exit(INTERRUPTED)
+
+
+def _do(work: Callable[..., str], *arguments: Any) -> str:
+    global _working
+    _working = True
+    try:
+        return work(*arguments)
+    finally:
+        _working = False
 
 
 def _work(job: Job, folder: Path, deadline: float, command: str, shared: bool) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,6 +77,19 @@ class Job:
         of = {name: value for name, value in asdict(self.recipe).items()
               if name not in ("judged", "sequences") and (name != "lsh" or value)}
         return hashlib.sha256(json.dumps([name, seed, config, of], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def workplace(folder: Path, task: ArenaTask) -> Path:
+    """Where a task prepares what it draws from, below an arena's folder: a plugin's by what its file was, since what
+    another one made would be taken for its own. That is removed."""
+    if not task.code:
+        return folder
+    mine = folder / f"{task.name}-{task.code}"
+    if not mine.exists():
+        for other in folder.glob(f"{task.name}-" + "[0-9a-f]" * len(task.code)):
+            shutil.rmtree(other)
+        mine.mkdir(parents=True)
+    return mine
 
 
 def recipe_of(task: ArenaTask, small: bool = False) -> Recipe:

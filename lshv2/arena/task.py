@@ -90,7 +90,8 @@ class ArenaTask(ABC):
         return {}
 
     def prepare(self, folder: Path) -> None:  # noqa: B027 - most tasks have nothing to prepare
-        """Make what `draw` reads, below `folder`, once. Raises UserError on unusable sources."""
+        """Make what `draw` reads, below `folder`, once: a changed plugin gets another. Raises UserError on unusable
+        sources."""
 
 
 REGISTERED: dict[str, type[ArenaTask]] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lshv2.arena.registry import get_task
-from lshv2.arena.study import Job
+from lshv2.arena.study import Job, workplace
 from lshv2.arena.task import ArenaTask, Examples
 from lshv2.data.jsonl import IGNORED
 from lshv2.errors import UserError
@@ -30,7 +30,7 @@ def try_draws(jobs: Sequence[Job], folder: Path | None) -> None:
     for name in dict.fromkeys(job.task for job in jobs):
         task, of = get_task(name), [job for job in jobs if job.task == name]
         if folder is not None:
-            task.prepare(folder)
+            task.prepare(workplace(folder, task))
         elif type(task).prepare is not ArenaTask.prepare:
             continue
         task.split = "train"

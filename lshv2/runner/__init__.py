@@ -121,7 +121,7 @@ class Pipeline:
         from lshv2.runner.execute import Failure, execute
         from lshv2.runner.terminal import Watcher
 
-        begin(phase, run, inputs)
+        begin(phase, run, inputs, self.force)
         began = time.monotonic()
         notebook = self.notebooks / f"{phase.name}.ipynb"
         with open(run.log(phase.name), "w", encoding="utf-8") as log, Watcher(run, phase.name) as watcher:

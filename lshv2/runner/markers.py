@@ -64,25 +64,30 @@ def reason_to_run(phase: Phase, run: Run, inputs: Inputs) -> str | None:
     return next((f"{n} was changed" for n, digest in marker["outputs"].items() if outputs.get(n) != digest), None)
 
 
-def begin(phase: Phase, run: Run, inputs: Inputs) -> None:
-    """Withdraw the old markers, and the old half-done work unless it was for the same results."""
-    completed, marker = run.marker(phase.name).exists(), read_json(run.marker(phase.name))[0]
-    for state in ("OK", "FAILED"):
-        (run.path / f"{phase.name}.{state}").unlink(missing_ok=True)
-    started = run.path / f"{phase.name}.STARTED"
+def begin(phase: Phase, run: Run, inputs: Inputs, force: bool = False) -> None:
+    """Remove half-done work, unless it was for the same results, and withdraw the old markers.
+
+    In this order, so that a kill on the way leaves what a later start can judge by.
+    """
+    marker, started = read_json(run.marker(phase.name))[0], run.path / f"{phase.name}.STARTED"
     before = read_json(started)[0]
     if isinstance(before, dict):  # else nothing is known of what lies there: it stays
-        done = completed or before.get("finished")
-        if not (_adds_to(phase, run, marker, inputs) if done else _goes_on(phase, before, inputs)):
+        done = run.marker(phase.name).exists() or before.get("finished")
+        stays = _adds_to(phase, run, marker, inputs) if done else _goes_on(phase, before, inputs)
+        if force or not stays:
             for name in phase.resumable:
                 _remove(run.path / name)
     write_json(started, {"phase": phase.name, "started": now(), "finished": None, "inputs": inputs})
+    for state in ("OK", "FAILED"):
+        (run.path / f"{phase.name}.{state}").unlink(missing_ok=True)
 
 
 def _goes_on(phase: Phase, before: dict[str, Any], inputs: Inputs) -> bool:
-    """Whether half-done work is for these results too."""
-    deciding = (group for group in DECIDING if not (phase.keyed and group == "settings"))
-    return all(before.get("inputs", {}).get(group) == inputs[group] for group in deciding)
+    """Whether half-done work is for these results too: the same ones, or more lines by the same code."""
+    earlier = before.get("inputs", {})
+    if all(earlier.get(group) == inputs[group] for group in DECIDING):
+        return True
+    return bool(phase.keyed) and _made_alike(earlier, inputs)
 
 
 def _adds_to(phase: Phase, run: Run, marker: Any, inputs: Inputs) -> bool:
@@ -90,19 +95,28 @@ def _adds_to(phase: Phase, run: Run, marker: Any, inputs: Inputs) -> bool:
     behind them, and were made by what there is now."""
     if not (phase.keyed and isinstance(marker, dict) and {"inputs", "outputs"} <= marker.keys()):
         return False
-    made_by = ({group: of.get(group, {}) for group in BEYOND} for of in (marker["inputs"], inputs))
-    return not _differences(*made_by) and _begins_as(run.path / phase.keyed, marker["outputs"].get(phase.keyed))
+    digest = marker["outputs"].get(phase.keyed)
+    return _made_alike(marker["inputs"], inputs) and _begins_as(run.path / phase.keyed, digest)
+
+
+def _made_alike(before: Inputs, after: Inputs) -> bool:
+    """In all that lines do not say of themselves; which GPU is no matter."""
+    made_by = ({group: of.get(group, {}) for group in BEYOND} for of in (before, after))
+    return not set(_differences(*made_by)) - {"CUDA_VISIBLE_DEVICES"}
 
 
 def _begins_as(path: Path, digest: str | None) -> bool:
-    """Whether a file begins with the lines that had this sha256."""
+    """Whether a file begins with the lines that had this sha256, of which the last may have been torn, and ended since.
+    """
     read = hashlib.sha256()
     if not path.is_file():
         return False
     with open(path, "rb") as file:
         for line in file:
+            torn = read.copy()
+            torn.update(line.removesuffix(b"\n"))
             read.update(line)
-            if read.hexdigest() == digest:
+            if digest in (read.hexdigest(), torn.hexdigest()):
                 return True
     return False
 
