@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -395,7 +395,7 @@ def _interrupted_as_it_sends() -> int:
 
 
 @pytest.mark.parametrize("work", [os.getpid, _interrupted_as_it_sends])
-def test_an_interrupted_process_that_waits_ends_without_a_word_and_the_next_job_has_another(
+def test_an_interrupted_process_that_waits_ends_without_a_word(
     work: Callable[[], int], capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In a thread, as slots are, since it hears no interrupts afterwards."""
@@ -404,7 +404,9 @@ def test_an_interrupted_process_that_waits_ends_without_a_word_and_the_next_job_
         waiting = psutil.Process(thread.submit(slot.run, work).result(60))
         waiting.send_signal(signal.SIGINT)
         assert not psutil.wait_procs([waiting], timeout=30)[1]
-        assert thread.submit(slot.run, abs, -1).result(60) == 1
+        with pytest.raises(BrokenExecutor):
+            thread.submit(slot.run, abs, -1).result(60)
+        assert thread.submit(slot.run, abs, -1).result(60) == 1, "the slot was lost with its process"
         slot.end()
     assert capfd.readouterr().err == ""
 

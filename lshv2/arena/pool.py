@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,24 +98,17 @@ class _Slot:
         self.process: ProcessPoolExecutor | None = None
 
     def run(self, work: Callable[..., str], *arguments: Any) -> str:
+        if self.process is None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of what it starts
+            self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
         try:
-            return self._given(work, *arguments).result()
+            return self.process.submit(_do, work, *arguments).result()
         except SystemExit as error:  # which would end the command, not the job
             self.end()
             raise RuntimeError("a signal ended its process") from error
         except Exception:
             self.end()
             raise
-
-    def _given(self, *job: Any) -> Future[str]:
-        """A job that a process has; a new process where there is none, or the last one was ended while it waited."""
-        if self.process is not None:
-            with suppress(BrokenExecutor):
-                return self.process.submit(_do, *job)
-            self.end()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and so of what it starts
-        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _choose_gpu, (self.gpu,))
-        return self.process.submit(_do, *job)
 
     def end(self) -> None:
         if self.process is not None:
