@@ -156,10 +156,15 @@ def sample_text(run: Run, *, n_prompt: int = 48, n_new: int = 48) -> tuple[str, 
 
 
 def write_profile(run: Run, trainer: Trainer) -> dict[str, Any]:
-    """`component_profiles.json`: medians over the profiled training steps, exclusive parts in milliseconds."""
+    """`component_profiles.json`: the median of the profiled training steps and its exclusive parts, in milliseconds.
+
+    A part is its share of all these steps: medians of parts miss what a busy machine adds to another one each time, and
+    do not add up to a step.
+    """
     names = dict.fromkeys(name for profile in trainer.profiles for name in profile if name != "step")
-    parts = {f"{name}_ms": median(p.get(name, 0.0) for p in trainer.profiles) for name in names}
     step = median(p["step"] for p in trainer.profiles)
+    scale = step / sum(p["step"] for p in trainer.profiles)
+    parts = {f"{name}_ms": scale * sum(p.get(name, 0.0) for p in trainer.profiles) for name in names}
     train = run.settings.train
     content = {
         "schema": SCHEMA, "device": _device_name(trainer.device),
