@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
-from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
-from project_files import ROOT
+from arena_plugins import DRAWS, HEAD, only_known_tasks
 
 from lshv2.__main__ import _given_settings
-from lshv2.__main__ import main as lab
 from lshv2.arena.__main__ import main
 from lshv2.arena.job import run_job
-from lshv2.arena.phase import run_arena
-from lshv2.arena.pool import _Slot
 from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.study import ARENA, missing, plan, rows_of
 from lshv2.arena.sweep import Point
@@ -33,17 +22,10 @@ from lshv2.arena.task import REGISTERED
 from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
 from lshv2.runner.sweep import run_sweep
-from lshv2.runs import append_jsonl, hold, open_run, read_jsonl
+from lshv2.runs import append_jsonl, hold, read_jsonl
 
+__all__ = ["only_known_tasks"]  # around every test here
 SMALL = ("--small", "--seeds", "0", "--attentions", "lsh", "--steps", "2", "--sequences", "4")
-
-
-@pytest.fixture(autouse=True)
-def _only_known_tasks() -> Iterator[None]:
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
 
 
 def arena(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
@@ -90,7 +72,6 @@ def test_two_commands_do_not_write_one_folder(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / ARENA).exists()
 
 
-HEAD = "import numpy as np\nfrom lshv2.arena.task import ArenaTask, Examples, register\n"
 NO_TASKS = {
     "nothing": ("x = 1\n", "registers no task: put @register above its class"),
     "no draw": (HEAD + "@register\nclass A(ArenaTask):\n    name, vocab_size = 'a', 4\n",
@@ -127,17 +108,6 @@ def test_a_plugin_is_run_once_as_it_stands(tmp_path: Path) -> None:
     assert (get_task("mine").version, get_task("mine").source) == (9, "/books")
 
 
-DRAWS = HEAD + """
-@register
-class Mine(ArenaTask):
-    name, vocab_size = "mine", 8
-    def draw(self, generator, n, length):
-        ids = generator.integers(8, size=(n, length))
-        labels, groups = np.full_like(ids, -100), dict()
-        labels[:, -1] = ids[:, -1]
-        {wrong}
-        return Examples(ids, labels, groups)
-"""
 WRONG = {
     "ids[0, 3] = 8": "learn by: input_ids go from 0 to 8, beyond 0 to 7 (vocab_size)",
     "labels[0, 3] = -1": "learn by: labels go from -1 to",
@@ -237,84 +207,6 @@ def test_pictures_lie_beside_what_the_command_measured(tmp_path: Path, monkeypat
     assert names == {ARENA, "arena", "arena.png"}
 
 
-def test_a_run_adds_to_its_arena_and_trains_anew_what_is_trained_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A plugin is found from where it is typed; its change is seen, and takes nothing from other tasks."""
-    pytest.importorskip("nbformat", reason="notebooks are executed")
-    monkeypatch.setenv("LSHV2_RUNS", str(tmp_path / "runs"))
-    monkeypatch.chdir(tmp_path)
-    plugin = tmp_path / "mine.py"
-    plugin.write_text(DRAWS.format(wrong="pass"))
-
-    def after(tasks: str, more: str = "arena.steps=2") -> tuple[str, dict[str, float]]:
-        """What the phase says first, and when each task was judged."""
-        some = f"SET=arena.plugins=mine.py arena.tasks={tasks} arena.lengths=[64] {more}"
-        assert lab(["arena", "RUN=mine", "PRESET=test", some]) == 0
-        rows = read_jsonl(tmp_path / "runs" / "mine" / ARENA)[0]
-        assert len(rows) == len({(row["task"], row["model"]) for row in rows}), "two answers to one question"
-        return capsys.readouterr().out.splitlines()[0], {row["task"]: row["time"] for row in rows}
-
-    said, first = after("mine")
-    assert said == "04_arena: runs" and set(first) == {"mine"}
-    assert after("mine")[0].startswith("04_arena: skipped")
-    said, second = after("mine,induction")
-    assert said == "04_arena: runs again, because arena.tasks changed"
-    assert set(second) == {"mine", "induction"} and second["mine"] == first["mine"], "what was judged is judged again"
-    plugin.write_text(plugin.read_text() + "    # now otherwise\n")
-    said, third = after("mine,induction")
-    assert said == f"04_arena: runs again, because {plugin} changed"
-    assert third["mine"] > second["mine"] and third["induction"] == second["induction"]
-    fourth = after("mine", "arena.steps=3")[1]
-    assert fourth["mine"] > third["mine"] and fourth["induction"] == third["induction"]
-    log = tmp_path / "runs" / "mine" / "logs" / "04_arena.log"
-    assert "2 lines of mine are taken out: their models are trained otherwise now" in log.read_text()
-
-
-def test_twins_and_seeds_in_a_run_are_trained_alike_or_taken_out(tmp_path: Path) -> None:
-    """What `python -m lshv2.arena` added too, its other sequences, and not what is of another trained length."""
-    def rows() -> list[tuple[str, int, int, str, int]]:
-        found = read_jsonl(tmp_path / ARENA)[0]
-        return sorted((row["model"], row["seed"], row["steps"], row["setting"], row["trained_len"]) for row in found)
-
-    def run(seed: int = 0, **arena: Any) -> None:
-        changes = {"tasks": ("induction",), "lengths": (64,), "sequences": 2, **arena}
-        run_arena(open_run(tmp_path, preset="test", overrides={f"arena.{k}": v for k, v in changes.items()}, seed=seed))
-
-    run(attentions=("lsh", "dense"), steps=1)
-    length = rows()[0][-1]
-    other, = plan(["induction"], ("lsh",), (0,), (64,), True, changes={"sequences": 2, "steps": 1, "lengths": (32,)})
-    same, = plan(["induction"], ("lsh",), (0,), (64,), True, changes={"sequences": 2, "steps": 1})
-    run_job(other, tmp_path)
-    run_job(replace(same, asked=1), tmp_path)
-    lsh, dense, asked = (("lsh", 0, 1, "", length), ("dense", 0, 1, "", length), ("lsh", 0, 1, "sequences 1", length))
-    assert rows() == sorted([lsh, dense, asked, ("lsh", 0, 1, "", 32)])
-    run(attentions=("lsh",), seed=1, steps=1)
-    assert rows() == sorted([lsh, dense, asked, ("lsh", 0, 1, "", 32), ("lsh", 1, 1, "", length)])
-    run(attentions=("lsh",), steps=2)
-    assert rows() == sorted([("lsh", 0, 2, "", length), ("lsh", 0, 1, "", 32)])
-
-
-PREPARES = DRAWS.format(wrong="ids[:] = self.value") + """
-    def prepare(self, folder):
-        made = folder / "made"
-        if not made.exists():
-            made.write_text("1")
-        self.value = int(made.read_text())
-"""
-
-
-def test_what_another_version_of_a_plugin_prepared_is_not_read(tmp_path: Path) -> None:
-    plugin, read = tmp_path / "mine.py", []
-    for text in (PREPARES, PREPARES, PREPARES.replace('"1"', '"5"')):
-        plugin.write_text(text)
-        job, = plan(["mine"], ("lsh",), (0,), (64,), True, [str(plugin)], {"steps": 1, "sequences": 2})
-        try_draws([job], tmp_path / "arena")
-        folder, = (tmp_path / "arena").iterdir()
-        read.append((folder / "made").read_text())
-    assert read == ["1", "1", "5"]
-
-
 def test_paths_among_the_settings_begin_where_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = dict.fromkeys(("SET", "NPROC", "SEED", "DATA"), "")
@@ -352,102 +244,3 @@ def test_a_sweep_takes_the_tasks_and_plugins_it_is_told(tmp_path: Path) -> None:
     settings = {"preset": "test", "overrides": changed, "seed": 0, "data": None}
     assert run_sweep(tmp_path / "sweep", "make sweep", (Point("window"),), **settings) == 0
     assert [row["task"] for row in rows_of(tmp_path / "sweep").values()] == ["mine"]
-
-
-@pytest.mark.parametrize("number, group", [
-    (signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGKILL, False)])
-def test_an_interrupt_is_one_line_and_leaves_no_process(number: int, group: bool, tmp_path: Path) -> None:
-    """As a terminal sends it, to all processes, and as `kill` and `timeout` do, to one."""
-    command = [sys.executable, "-m", "lshv2.arena", str(tmp_path / "out"), "--small", "--seeds", "0", "--attentions",
-               "lsh", "dense", "--tasks", "listops", "--steps", "100000"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
-    process, until = psutil.Process(job.pid), time.monotonic() + 60
-    try:
-        while not any(child.children() for child in process.children()):  # processes that draw, below one that trains
-            assert time.monotonic() < until and job.poll() is None, "nothing was trained"
-            time.sleep(0.1)
-        time.sleep(3)
-        started = process.children(recursive=True)
-        (os.killpg if group else os.kill)(job.pid, number)
-        out, err = job.communicate(timeout=60)
-        said = "stopped; the same command goes on\n"
-        assert (job.returncode, out, err) == ((-9, "", err) if number == signal.SIGKILL else (128 + number, "", said))
-        assert not psutil.wait_procs(started, timeout=10)[1]
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.communicate()
-
-
-def _interrupted_as_it_sends() -> int:
-    """As a process that is interrupted when its result has arrived, before it knows."""
-    send = Connection.send_bytes
-
-    def send_and_interrupt(self: Connection, *arguments: Any) -> None:
-        send(self, *arguments)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    Connection.send_bytes = send_and_interrupt  # type: ignore[method-assign]
-    return os.getpid()
-
-
-@pytest.mark.parametrize("work", [os.getpid, _interrupted_as_it_sends])
-def test_an_interrupted_process_that_waits_ends_without_a_word(
-    work: Callable[[], int], capfd: pytest.CaptureFixture[str],
-) -> None:
-    """In a thread, as slots are, since it hears no interrupts afterwards."""
-    slot = _Slot("", shared=False)
-    with ThreadPoolExecutor(1) as thread:
-        waiting = psutil.Process(thread.submit(slot.run, work).result(60))
-        waiting.send_signal(signal.SIGINT)
-        assert not psutil.wait_procs([waiting], timeout=30)[1]
-        with pytest.raises(BrokenExecutor):
-            thread.submit(slot.run, abs, -1).result(60)
-        assert thread.submit(slot.run, abs, -1).result(60) == 1, "the slot was lost with its process"
-        slot.end()
-    assert capfd.readouterr().err == ""
-
-
-def _leaves() -> str:
-    os.kill(os.getpid(), signal.SIGTERM)
-    return "unheard"
-
-
-def test_a_job_whose_process_alone_was_sent_a_signal_has_failed_and_the_next_one_runs() -> None:
-    slot = _Slot("", shared=False)
-    with ThreadPoolExecutor(1) as thread:
-        with pytest.raises(RuntimeError, match="a signal ended its process"):
-            thread.submit(slot.run, _leaves).result(60)
-        assert thread.submit(slot.run, abs, -1).result(60) == 1
-        slot.end()
-
-
-SLOW_TO_DRAW = DRAWS.format(wrong="__import__('time').sleep(4 if self.split == 'train' and n > 8 else 0)")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_processes_that_draw_for_a_while_end_with_the_command(number: int, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(SLOW_TO_DRAW + "    in_processes = True\n")
-    command = [sys.executable, "-m", "lshv2.arena", str(tmp_path / "out"), "--small", "--seeds", "0", "--attentions",
-               "lsh", "--plugins", str(tmp_path / "mine.py"), "--tasks", "mine", "--lengths", "64"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
-    process, until = psutil.Process(job.pid), time.monotonic() + 60
-    try:
-        while not any(child.children() for child in process.children()):
-            assert time.monotonic() < until and job.poll() is None, "nothing was drawn"
-            time.sleep(0.1)
-        time.sleep(3)
-        started = process.children(recursive=True)
-        os.kill(job.pid, number)
-        job.communicate(timeout=100)
-        assert not psutil.wait_procs(started, timeout=30)[1]
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.communicate()

@@ -127,9 +127,8 @@ def _choose_gpu(gpu: str) -> None:
     so that what the job started ends too."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # else started to go on all the same, as by nohup
-    signal.signal(signal.SIGINT, (lambda *_: os._exit(INTERRUPTED)) if heard else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, _leave if heard else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _leave)
     end_with_parent()
 
