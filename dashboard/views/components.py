@@ -31,8 +31,9 @@ def draw() -> None:
                    key=lambda name: -max(profile.components_ms.get(name, 0.0) / profile.step_ms for _, profile in runs))
     show(bars(runs, names), "components", "Stacked bars: time of each component in one training step, a bar a run")
     st.caption("One bar a run, in the order of the largest share. `hashing_ms`, `bucket_attn_ms` and `global_ms` "
-               "(local window and sinks) are the attention; the parts exclude one another. Medians of "
-               "forward + backward + optimizer over the profiled steps. Source: `component_profiles.json`.")
+               "(local window and sinks) are the attention; the parts exclude one another. The "
+               "median of the profiled steps, forward + backward + optimizer; a part is its share of all of them (in "
+               "runs until 2026-11-28 its own median). Source: `component_profiles.json`.")
     uncovered = [f"{entry.key}: {profile.coverage:.0%}" for entry, profile in runs if abs(profile.coverage - 1) > 0.1]
     if uncovered:
         st.warning("The components do not add up to the step within 10 %: " + plain(", ".join(uncovered)))
