@@ -152,6 +152,22 @@ def test_needles_stand_at_their_depths() -> None:
         assert scored(label) == list(range(496, 512)) and (label[-16:] == ids[-16:]).all()
 
 
+@pytest.mark.parametrize("name", ["passkey", "kv_needle", "uuid_needle"])
+def test_a_single_sequence_to_learn_from_has_its_needle_anywhere(name: str) -> None:
+    """A step of long sequences has one: its depth is drawn, or the model never sees another than the first."""
+    found = np.concatenate([drawn(name, 1200, n=1, seed=seed, split="train").groups["depth"].ravel().astype(float)
+                            for seed in range(400)])
+    counts = np.histogram(found, 5, (0, 1))[0] / len(found)
+    assert np.abs(counts - 0.2).max() < 0.07, counts
+    learned = drawn(name, 1200, n=50, split="train")
+    size = {"passkey": 6, "kv_needle": 3, "uuid_needle": 19}[name]
+    for ids, depth in zip(learned.input_ids, learned.groups["depth"], strict=True):
+        asked = ids[-size:]
+        runs = np.lib.stride_tricks.sliding_window_view(ids, size)
+        first = np.flatnonzero((runs == asked).all(1))[0]
+        assert abs(first / 1200 - float(np.ravel(depth)[-1])) < 0.05, "the label says where it stands"
+
+
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_variables_resolve_to_what_is_asked(split: str) -> None:
     """The ends of the chains; while a model learns, any variable of each, and what each statement gives."""

@@ -1,4 +1,5 @@
-"""Needles: one thing to be found again, at ten depths of the haystack (depth 0 is the start, 1 right before the end).
+"""Needles: one thing to be found again, judged at ten depths of the haystack (0 is the start, 1 right before the end)
+and learned at any.
 
     passkey   .. .. M 7 0 3 9 4 .. .. .. .. .. .. .. M 7 0 3 9 4        M: the marker; scored: the last five
     kv        a b x  c d y  e f z  g h u  ..  e f z  a b x  ..          nothing but needles; scored: values at the end
@@ -17,9 +18,9 @@ from lshv2.data.jsonl import IGNORED
 DEPTHS = 10
 
 
-def depths(n: int) -> np.ndarray:
-    """Depths 0, 1/9 … 1 in turn, float [n]."""
-    return np.arange(n) % DEPTHS / (DEPTHS - 1)
+def depths(task: ArenaTask, generator: np.random.Generator, n: int) -> np.ndarray:
+    """float [n] in [0, 1]: 0, 1/9 … 1 in turn; while a model learns any, since a step may be a single sequence."""
+    return generator.random(n) if task.split == "train" else np.arange(n) % DEPTHS / (DEPTHS - 1)
 
 
 def _labels(depth: np.ndarray) -> np.ndarray:
@@ -43,7 +44,7 @@ class Passkey(ArenaTask):
     Ids: 0 the marker, 1 … 10 the digits, 11 … 255 the words. Chance 10^-5.
     """
 
-    name, vocab_size, exact = "passkey", 256, True
+    name, vocab_size, exact, version = "passkey", 256, True, 2  # 2: learned at any depth
     DIGITS = 5
 
     def draw(self, generator: np.random.Generator, n: int, length: int) -> Examples:
@@ -51,7 +52,7 @@ class Passkey(ArenaTask):
         size = 1 + self.DIGITS
         needle = np.concatenate([np.zeros((n, 1), np.int64), generator.integers(1, 11, size=(n, self.DIGITS))], axis=1)
         ids = generator.integers(1, self.vocab_size, size=(n, length))
-        depth = depths(n)
+        depth = depths(self, generator, n)
         at = np.rint(depth * (length - 2 * size)).astype(np.int64)[:, None]
         ids[np.arange(n)[:, None], at + np.arange(size)] = needle
         ids[:, -size:] = needle
@@ -79,10 +80,11 @@ class KeyValueNeedle(ArenaTask):
         length 21, two asked      a b x  c d y  e f z  g h u  i j v  e f z  a b x
 
     What does not fill a whole needle is symbol 0, at the start. Keys 1 … 255, values 256 … 511, chance 1/256. depth: of
-    each answer; the four are a third of the scale apart, going round: 0, 1/3, 2/3 and 1, then 1/9, 4/9, 7/9 and 0.
+    each answer; the four are judged a third of the scale apart, going round: 0, 1/3, 2/3 and 1, then 1/9, 4/9, 7/9 and
+    0, and learned anywhere.
     """
 
-    name, vocab_size = "kv_needle", 512
+    name, vocab_size, version = "kv_needle", 512, 2  # 2: learned at any depth
     SYMBOLS, VALUES, ASKED = 255, 256, 4
     min_length = 2 * 3 * ASKED
 
@@ -96,6 +98,9 @@ class KeyValueNeedle(ArenaTask):
         # 3 of the 10 depths apart, and all four of them other needles
         depth = (np.arange(n)[:, None] + 3 * np.arange(self.ASKED)) % DEPTHS / (DEPTHS - 1)
         place = np.rint(depth * (needles - 1)).astype(np.int64)
+        if self.split == "train":
+            place = np.stack([generator.permutation(needles)[: self.ASKED] for _ in range(n)])
+            depth = place / (needles - 1)
         asked = hay[np.arange(n)[:, None], place].reshape(n, -1)
         ids = np.concatenate([np.zeros((n, rest), np.int64), hay.reshape(n, -1), asked], axis=1)
         labels = np.full_like(ids, IGNORED)
@@ -130,7 +135,7 @@ class UuidNeedle(ArenaTask):
     values that runs recur in it as often (16 at 512 tokens), or nothing would teach to tell them apart.
     """
 
-    name, vocab_size, exact, version = "uuid_needle", 257, True, 2
+    name, vocab_size, exact, version = "uuid_needle", 257, True, 3  # 3: learned at any depth
     SIZE, VALUE, NEEDLES = 19, 16, 4
     min_length = 2 * SIZE
 
@@ -138,7 +143,7 @@ class UuidNeedle(ArenaTask):
         fits(self, length)
         marker = self.vocab_size - 1
         ids = generator.integers(marker, size=(n, length))
-        depth = depths(n)
+        depth = depths(self, generator, n)
         slots = (length - self.SIZE) // self.SIZE  # needles begin at multiples of their size, so that none overlap
         count = min(self.NEEDLES, slots)
         asked = np.rint(depth * (slots - 1)).astype(np.int64)
