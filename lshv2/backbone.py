@@ -67,13 +67,14 @@ class Backbone(nn.Module):
 
     def step_of_all(self, x: Tensor, n: int, angles: Angles, cache: Cache | None = None) -> Tensor:
         """Ponder step n: every distinct block once. x [B,T,d] -> [B,T,d]."""
-        if self.config.use_ponder:
-            x = x + self.step_embedding[n].to(x.dtype)
+        added = self.step_embedding[n].to(x.dtype) if self.config.use_ponder else None  # to the first block's input
         for i, block in enumerate(self.blocks):
             if self.training:
-                x = train_block(block, self.parts[i], self.gradient_checkpoint, x, *angles)  # type: ignore[arg-type]
+                x = train_block(block, self.parts[i], self.gradient_checkpoint, x, added, *angles)  # type: ignore[arg-type]
             else:
+                x = x if added is None else x + added
                 x = block(x, *angles, cache.layers[n * len(self.blocks) + i] if cache else None)
+            added = None
         return x
 
     def compile_blocks(self, backend: str = "inductor") -> None:

@@ -95,19 +95,37 @@ def compiled_parts(block: Block, backend: str) -> Parts:
     return compiled(block.prepare), compiled(block.attention.find), compiled(block.finish)
 
 
-def train_block(block: Block, parts: Parts | None, again: Recompute, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`block(x, cos, sin)` while training, the same to rounding whatever is asked for; parts: see `compiled_parts`."""
+def train_block(
+    block: Block, parts: Parts | None, again: Recompute, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """`block(x + added, cos, sin)` while training, the same to rounding whatever is asked for.
+
+    x [B,T,d], or a ponder step's state and added [d] its vector: what is computed again begins at x, which is kept
+    anyway, and the sum is not. parts: see `compiled_parts`.
+    """
     if not (again or parts):
-        return block(x, cos, sin)  # as it is: an attention may have a forward of its own
+        return block(_sum(x, added), cos, sin)  # as it is: an attention may have a forward of its own
     parts = parts or (block.prepare, block.attention.find, block.finish)
     if again == "block":
-        return recomputed(_in_parts, block, parts, False, x, cos, sin)
-    return _in_parts(block, parts, again, x, cos, sin)
+        return recomputed(_from_sum, partial(_in_parts, block, parts, False), x, added, cos, sin)
+    if again is not True:  # what comes before attention keeps the sum
+        x, added = _sum(x, added), None
+    return _in_parts(block, parts, again, x, cos, sin, added)
 
 
-def _in_parts(block: Block, parts: Parts, again: Recompute, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _in_parts(
+    block: Block, parts: Parts, again: Recompute, x: Tensor, cos: Tensor, sin: Tensor, added: Tensor | None = None
+) -> Tensor:
     """again: what is computed again around attention. Buckets are found once: they take no part in the gradient."""
     prepare, find, finish = parts
-    q, k, v, *plain = recomputed(prepare, x, cos, sin) if again is True else prepare(x, cos, sin)
+    q, k, v, *plain = recomputed(_from_sum, prepare, x, added, cos, sin) if again is True else prepare(x, cos, sin)
     attended = block.attention.attend(q, k, v, *find(*plain))
-    return recomputed(finish, x, attended) if again else finish(x, attended)
+    return recomputed(_from_sum, finish, x, added, attended) if again else finish(x, attended)
+
+
+def _from_sum(part: Part, x: Tensor, added: Tensor | None, *rest: Tensor) -> Any:
+    return part(_sum(x, added), *rest)
+
+
+def _sum(x: Tensor, added: Tensor | None) -> Tensor:
+    return x if added is None else x + added

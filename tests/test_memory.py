@@ -20,7 +20,7 @@ from lshv2.losses import CHUNK_ELEMENTS
 from lshv2.model import LSHModel, create_lsh_v2_model
 
 LIMIT = BenchmarkConfig().max_memory_gb * 2**30
-ROOM = 0.04 * LIMIT  # what a GPU's allocator cannot use of it, between the tensors
+ROOM = 0.08 * LIMIT  # what a GPU's allocator cannot use of it, between the tensors: an H100 lacked some at .048
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -119,7 +119,7 @@ def _peak(model: LSHModel, length: int) -> float:
 def test_the_documented_model_s_step_of_65536_tokens_fits_into_the_guide_s_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On an H100 that step took 16,627 MB, and in this way 16,557, before SwiGLU and the losses kept less."""
+    """On an H100 that step took 16,627 MB, and in this way 16,557, before SwiGLU, losses and sums kept less."""
     from lshv2.attention.kernels import compiled  # noqa: F401  (registers the operator)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *ids: Tensor, **sizes: int) -> Tensor:
