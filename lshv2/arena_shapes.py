@@ -21,6 +21,7 @@ WITHIN = 0.01  # of the best shape's accuracy
 ABOUT = (  # what readers of the table have to know
     "R: rounds, W: bucket size, cells: in multiples of the curve's own number on a task (n_buckets in its rows); all "
     "see a window of 64 too, and have nothing else that a task's recipe gives to LSH alone (its cells and centroids). "
+    "On duplication and text all have half of the steps of the models above, on duplication a shorter convolution too. "
     "Advised: within a point of the best shape where something is to be found, and fewer bits per byte than any such "
     "shape with as many keys or fewer; a lead where a task has fewer than three seeds. "
     "The package's default, four rounds with buckets of 128, is the usage guide's."

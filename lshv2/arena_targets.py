@@ -185,7 +185,7 @@ def _needle(summaries: Summaries, task: str) -> Target:
     detail += f", {sequences:g} sequences a length and seed" if math.isfinite(sequences) else ""
     detail += f"; fewer than {DEPTHS} depths at {_named(gaps)}" if gaps else ""
     seeds = min(every[n].seeds for n in lengths)
-    detail += f"; {_counted(seeds)}" if seeds < SEEDS else ""
+    detail += f"; {_counted(seeds)}"
     enough, said = _asked(min((every[n] for n in lengths), key=lambda s: s.get("sequences")))
     detail += "" if enough else said
     complete = not gaps and seeds >= SEEDS and enough
@@ -244,7 +244,7 @@ def _fits(benchmark: Benchmark | None, measure: str) -> tuple[list[Fit], str]:
     part = scaling.fixed_part if scaling else None
     if part is not None:  # the other reading of the same points: what does not grow stands beside what does
         interval = f" ({part.low:.3f} to {part.high:.3f})" if math.isfinite(part.low) else ""
-        said += f"; with a fixed part {part.exponent:.3f}{interval}"
+        said += f"; beside it, not judged: with a fixed part {part.exponent:.3f}{interval}"
     said += f"; the last doubling {fit.last_doubling:.2f} times"
     if tokens and full:  # where short lengths too fill the machine, no launch flatters
         said += f"; with up to {tokens.tokens:,.0f} tokens a batch " \
@@ -253,4 +253,5 @@ def _fits(benchmark: Benchmark | None, measure: str) -> tuple[list[Fit], str]:
     counts = [int(n) for row in rows if (n := row.get("n_processes")) > 0]
     if counts:  # three are what a claim should rest on
         said += f"; processes a case: {' to '.join(str(n) for n in dict.fromkeys((min(counts), max(counts))))}"
+        said += f" of {SEEDS} wanted" if min(counts) < SEEDS else ""
     return fits, said

@@ -181,18 +181,27 @@ def score_table(arena: Arena) -> list[list[str]]:
 def cost_table(arena: Arena) -> list[list[str]]:
     """Cells with their heading: what a forward pass of one sequence costs each model, as trained, at the longest length
     at which LSH was timed; [] where nothing was."""
-    table = [["task", "tokens", "model", "keys a query", "ms", "MB beyond the weights"]]
+    table = [["task", "tokens", "model", "keys a query", "seeds", "ms", "MB beyond the weights"]]
     for task in arena.tasks:
         timed = [s for s in trained_to(arena.of(task, None)) if math.isfinite(s.get("forward_ms"))
                  and s.setting in ("", "sequences 1")]  # whatever it was asked, as trained
         longest = max((s.seq_len for s in timed if s.model == "lsh"), default=0)
         here = [line[0] for line in lines([s for s in timed if s.seq_len == longest]).values()]
         for n, s in enumerate(here):
-            memory = s.get("forward_mb")
+            memory, times = s.get("forward_mb"), _times(arena, s)
+            low, high = (f"{bound:,.4g}" for bound in (min(times), max(times)))
             table.append(["" if n else TASKS.get(task, task), "" if n else f"{longest:,}", MODELS.get(s.model, s.model),
-                          _keys(s), f"{s.get('forward_ms'):,.4g}",
+                          _keys(s), str(len(times)),
+                          f"{mean(times):,.4g}" + (f" ({low} to {high})" if low != high else ""),
                           f"{memory:,.4g}" if math.isfinite(memory) else "not measured"])
     return table if len(table) > 1 else []
+
+
+def _times(arena: Arena, summary: Summary) -> list[float]:
+    """Milliseconds of a forward pass, of each seed that was timed."""
+    what = (summary.task, summary.model, summary.trained_len, summary.seq_len, summary.setting)
+    rows = [row for row in arena.rows if (row.task, row.model, row.trained_len, row.seq_len, row.setting) == what]
+    return [ms for row in rows if math.isfinite(ms := row.values.get("forward_ms", NAN))]
 
 
 def _keys(summary: Summary) -> str:

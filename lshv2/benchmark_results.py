@@ -109,6 +109,7 @@ class Benchmark:
     fixed_tokens: Benchmark | None = None
     tokens: float = NAN  # of every row, in `fixed_tokens`
     environment: dict[str, Any] = field(default_factory=dict)  # `torch`, `commit`; empty in older files
+    of: str = ""  # what was measured: weights, tokens, what the backward computes again
 
 
 Numbers = TypeVar("Numbers", Fit, FixedPart)
@@ -120,12 +121,21 @@ def read_benchmark(run: Path) -> tuple[Benchmark | None, Problems]:
     if problems:
         return None, problems
     benchmark, problems = _layout(content, content, name, a_sequence=False)
-    benchmark = replace(benchmark, environment=mapping(content, "environment"))
+    benchmark = replace(benchmark, environment=mapping(content, "environment"), of=_of(content))
     again = mapping(content, "fixed_tokens")
     if not again:
         return benchmark, problems
     fixed, more = _layout(content, again, name, a_sequence=True)
     return replace(benchmark, fixed_tokens=fixed if fixed.rows else None), (*problems, *more)
+
+
+def _of(content: dict[str, Any]) -> str:
+    """`untrained weights, random tokens, gradient_checkpoint=True`, as far as the file says so."""
+    weights, tokens, again = (content.get(key) for key in ("weights", "tokens", "gradient_checkpoint"))
+    parts = [text(weights, 80).replace("untrained", "untrained weights")] if weights else []
+    parts += [text(tokens, 80).replace("random", "random tokens")] if tokens else []
+    parts += [f"gradient_checkpoint={text(again, 20)}"] if again is not None else []
+    return ", ".join(parts)
 
 
 def _layout(content: dict[str, Any], part: dict[str, Any], name: str, a_sequence: bool) -> tuple[Benchmark, Problems]:

@@ -94,7 +94,8 @@ def _part(entry: Entry) -> str | None:
     manifest, _ = read_manifest(entry.path)
     origin = made_by(manifest.environment if manifest else benchmark.environment)
     unfinished = "" if benchmark.state == "done" else "; the benchmark was not finished"
-    head = f"**[{entry.key}](runs/{entry.key})**: {benchmark.device}, {benchmark.dtype}, {origin}{unfinished}"
+    measured = ", ".join(filter(None, (benchmark.device, benchmark.dtype, benchmark.of, origin)))
+    head = f"**[{entry.key}](runs/{entry.key})**: {measured}{unfinished}"
     return "\n\n".join([head, _table(benchmark), _exponents(benchmark), *([manifest.verdict] if manifest else [])])
 
 
@@ -199,7 +200,19 @@ def _exponents(benchmark: Benchmark) -> str:
     fixed = benchmark.fixed_tokens
     if fixed and (fit := fixed.fits.get(("lsh", "train_latency"))):
         parts.append(_exponent("α", f"forward + backward at {fixed.tokens:,.0f} tokens a batch", fit))
+    parts += [twin for name in ATTENTIONS if name != "lsh" and (twin := _twin(benchmark, name))]
     return "; ".join(parts) + "."
+
+
+def _twin(benchmark: Benchmark, name: str) -> str:
+    """Its exponents beside LSH's: `dense: α 1.55 (1.34 to 1.77), β 1.00`."""
+    parts = []
+    for symbol, measure in (("α", "train_latency"), ("β", "memory")):
+        for where, layout in (("", benchmark), (" at fixed tokens", benchmark.fixed_tokens)):
+            if layout and (fit := layout.fits.get((name, measure))):
+                interval = f" ({fit.low:.2f} to {fit.high:.2f})" if math.isfinite(fit.low) else ""
+                parts.append(f"{symbol}{where} {fit.exponent:.2f}{interval}")
+    return f"{name}: {', '.join(parts)}" if parts else ""
 
 
 def _exponent(name: str, of: str, fit: Fit | None) -> str:

@@ -64,12 +64,13 @@ def target_table(targets: Sequence[Target], detailed: bool = False) -> list[str]
     if apart and len(apart) == len(targets):
         parts.append(f"None of its {len(targets)} targets was measured here.")
     elif apart:
-        parts.append("Not measured here: " + "; ".join(f"{target.name} ({target.detail})" for target in apart) + ".")
+        named = [target.name + f" ({target.detail})" * bool(target.detail) for target in apart]
+        parts.append(f"Not measured here: {'; '.join(named)}.")
     return parts
 
 
 def operator_parts(folders: dict[str, Path]) -> list[str]:
-    """Each reference's table; targets and picture once a device, of the one with the most rows."""
+    """Each reference's table and targets; a picture once a device, of the one with the most rows."""
     found = {key: result for key, folder in folders.items() if (result := read_operator(folder)[0])}
     fullest: dict[str, str] = {}
     for key, result in found.items():
@@ -78,10 +79,9 @@ def operator_parts(folders: dict[str, Path]) -> list[str]:
     parts = []
     for key, result in found.items():
         if rows := result.of("eager", batch_one=True):
-            parts.append(_operator(result, rows, key))
+            parts += [_operator(result, rows, key), *target_table(result.targets, detailed=True)]
             if key in fullest.values():
-                picture = _picture(folders[key], key, "attention.png", "time, speed-up and parts by length")
-                parts += [*target_table(result.targets), *picture]
+                parts += _picture(folders[key], key, "attention.png", "time, speed-up and parts by length")
     return parts
 
 
@@ -98,7 +98,8 @@ def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> 
     if result.left_out:
         unfinished += f"; {len(result.left_out)} rows left out"
     head = (f"**[{key}](runs/{key})**, one attention layer, forward + backward at batch 1, milliseconds (medians): "
-            f"{result.device}, {result.dtype}, {made_by(result.environment)}{unfinished}")
+            f"{result.device}, {result.dtype}, {made_by(result.environment)}{unfinished}. The ratio is that of LSH "
+            "with ids drawn by direction, on the slower of both data; the default is an inverted file.")
     names = [name for name in NAMES if any(row.contenders[name].get("both_ms") > 0 for row in rows
                                            if name in row.contenders)]
     factors = {s.seq_len: s.factor for s in result.speedups if s.mode == "eager" and s.batch_size == 1}
@@ -119,8 +120,10 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     device, torch, commits = (", ".join(arena.origins(name)) for name in ("device", "torch", "commit"))
     head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
             f"{made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
-            "measured. Keys a query: what it sees at most, whatever the length. Chance and the best shortcut, a rule "
-            "without a model: where they reach most; of one length, every rule.")
+            "measured; from 99 % on rounded down. Keys a query: what it sees at most, whatever the length. Trained at: "
+            "the longest of the lengths trained. Twins differ by their attention alone, so they learn at the rate that "
+            "was chosen for LSH, by these very sequences (what others gave: the targets). Chance and the best "
+            "shortcut, a rule without a model: where they reach most; of one length, every rule.")
     head += "".join(f" **{problem}.**" for problem in problems)
     cells = score_table(arena)
     scores = ruled(cells, (0, 1, len(cells[0]) - 1))
@@ -153,8 +156,8 @@ def _costs(arena: Arena) -> list[str]:
     """What a sequence costs the models whose answers are above."""
     if not (cells := cost_table(arena)):
         return []
-    return ["What one sequence costs these models: a forward pass at batch 1, eager, the median's mean over seeds.",
-            ruled(cells, (0, 2))]
+    return ["What one sequence costs these models: a forward pass at batch 1, eager; medians, their mean over the "
+            "seeds that were timed (lowest to highest).", ruled(cells, (0, 2))]
 
 
 def _shapes(arena: Arena) -> list[str]:

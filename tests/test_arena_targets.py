@@ -232,13 +232,13 @@ def test_exponents_come_from_the_benchmarks_fits(tmp_path: Path, device: str, fi
                    scaling={}, tokens=131_072.0)
     said_of = {folder: judged(tmp_path / folder, row("mqar", 1024, 0.9), benchmark=each)[names[0]].detail
                for folder, each in (("c", measured), ("d", replace(measured, fixed_tokens=full)))}
-    beside = "; with a fixed part 1.300 (1.200 to 1.400); the last doubling 2.00 times"
+    beside = "; beside it, not judged: with a fixed part 1.300 (1.200 to 1.400); the last doubling 2.00 times"
     whole = f"{beside}; with up to 131,072 tokens a batch 1.020 (1.000 to 1.040)"
     assert ([beside in said_of["c"], whole in said_of["d"]] == [True] * 2) == (said[0] == "met"), "the other readings"
     assert "tokens a batch" not in said_of["c"] and "processes" not in said_of["c"]
     rows = tuple(Row("lsh", n, "ok", "", {"n_processes": count}) for n, count in ((16_384, 3.0), (LONG, 2.0)))
     told = judged(tmp_path / "f", row("mqar", 1024, 0.9), benchmark=replace(measured, rows=rows))[names[0]].detail
-    assert told.endswith("; processes a case: 2 to 3") == (said[0] == "met")
+    assert told.endswith("; processes a case: 2 to 3 of 3 wanted") == (said[0] == "met")
     none = replace(measured, fixed_tokens=replace(full, fits={}))
     assert verdict(judged(tmp_path / "e", row("mqar", 1024, 0.9), benchmark=none)[names[0]]) == "not measured"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,14 @@ def test_results_say_what_was_not_measured(tmp_path: Path) -> None:
     write_json(tmp_path / "reference-x" / "full" / "benchmark_summary.json", {**content, "state": "running"})
     assert "commit 0123456; the benchmark was not finished\n" in readme.results(tmp_path)
     write_json(tmp_path / "reference-x" / "alone" / "benchmark_summary.json",
-               {**content, "environment": {"torch": "2.11", "commit": "abcdef0123"}})
-    assert "(runs/reference-x/alone)**: cpu (tested), float32, torch 2.11, commit abcdef0\n" in readme.results(tmp_path)
+               {**content, "environment": {"torch": "2.11", "commit": "abcdef0123"}, "weights": "untrained",
+                "tokens": "random", "gradient_checkpoint": True,
+                "fits": {**content["fits"], "dense": {"train_latency": {**fit, "exponent": 1.8}}},
+                "fixed_tokens": {**fixed, "fits": {"dense": {"memory": {**fit, "low": None}}}}})
+    said = readme.results(tmp_path)
+    assert ("(runs/reference-x/alone)**: cpu (tested), float32, untrained weights, random tokens, "
+            "gradient_checkpoint=true, torch 2.11, commit abcdef0\n") in said
+    assert "not measured; dense: α 1.80 (0.90 to 1.13), β at fixed tokens 1.01." in said, "the twin's beside LSH's"
     with pytest.raises(UserError, match="once each"):
         readme.with_results("no marks", said)
 
@@ -118,8 +125,8 @@ def test_trained_runs_are_a_line_each(tmp_path: Path) -> None:
     )
 
 
-def test_targets_of_a_device_stand_once_and_those_not_measured_in_a_line(tmp_path: Path) -> None:
-    """The reference with more rows is judged; the other shows its table, and how much it left out."""
+def test_targets_stand_with_how_they_were_measured_and_those_that_were_not_in_a_line(tmp_path: Path) -> None:
+    """Of every reference, also of one that missed what another met; how much it left out too."""
     def row(length: int) -> dict[str, Any]:
         return {"mode": "eager", "seq_len": length, "batch_size": 1, "n_buckets": 8,
                 "contenders": {"lsh": {"status": "ok", "both_ms": 1.5}, "peer": {"status": "ok", "both_ms": 30.0}}}
@@ -135,10 +142,12 @@ def test_targets_of_a_device_stand_once_and_those_not_measured_in_a_line(tmp_pat
             "left_out": [{"mode": "graph", "seq_len": 4096, "batch_size": 1}] if name == "few" else []})
     said = readme.results(tmp_path)
     assert said.count("| 1,024 | 1.5 | 30 |") == 2 and said.count("1 rows left out") == 1
-    assert "speed of more" in said and "speed of few" not in said
+    assert all(f"| speed of {name} | ≥ 2 × | ≥ 4 × | 3 × (why) | met |" in said for name in ("few", "more"))
     measured, missing = ([Target(name, "≥ 2 ×", "≥ 4 ×", value, "×", None, None, "why")] for name, value in
                          (("a", 3.0), ("b", math.nan)))
     assert readme_parts.target_table([*measured, *missing], detailed=True)[-1] == "Not measured here: b (why)."
+    bare = [replace(target, detail="") for target in missing]
+    assert readme_parts.target_table([*measured, *bare], detailed=True)[-1] == "Not measured here: b."
     assert readme_parts.target_table(missing, detailed=True) == ["None of its 1 targets was measured here."]
 
 
