@@ -6,7 +6,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 ## RUN=name          the run's folder below runs/ (default: the preset's name)
-## PRESET=quick|full size of test-only, no-training, no-benchmark, arena (default: quick)
+## PRESET=quick|full size of test-only, no-training, no-benchmark, arena, sweep (default: quick)
 ## SET="a.b=1 c.d=2" any setting, such as "train.learning_rate=3e-4 model.n_layers=4" (lists: [1024,2048])
 ## SEED=0            of data, weights and order
 ## DATA=path         a .txt, .md, .py or .jsonl file or a folder of them (default: Python's own sources)

@@ -173,7 +173,7 @@ def score_table(arena: Arena) -> list[list[str]]:
                 own = "" if column == s.seq_len else f" at {s.seq_len:,}"
                 told.setdefault(column, []).append((spread(s) or s.status) + own)
             cells = {column: "; ".join(values) for column, values in told.items()}
-            table.append(["" if n else _named(mine), name, seed_range(line), _keys(line[0]),
+            table.append(["" if n else task_named(mine), name, seed_range(line), keys_shown(line[0]),
                           *(cells.get(length, "–") for length in lengths), *(("", "") if n else _extremes(mine))])
     return table
 
@@ -191,7 +191,7 @@ def cost_table(arena: Arena) -> list[list[str]]:
             memory, times = s.get("forward_mb"), _times(arena, s)
             low, high = (f"{bound:,.4g}" for bound in (min(times), max(times)))
             table.append(["" if n else TASKS.get(task, task), "" if n else f"{longest:,}", MODELS.get(s.model, s.model),
-                          _keys(s), str(len(times)),
+                          keys_shown(s), str(len(times)),
                           f"{mean(times):,.4g}" + (f" ({low} to {high})" if low != high else ""),
                           f"{memory:,.4g}" if math.isfinite(memory) else "not measured"])
     return table if len(table) > 1 else []
@@ -204,13 +204,14 @@ def _times(arena: Arena, summary: Summary) -> list[float]:
     return [ms for row in rows if math.isfinite(ms := row.values.get("forward_ms", NAN))]
 
 
-def _keys(summary: Summary) -> str:
+def keys_shown(summary: Summary) -> str:
     """What a query sees at most: accuracy is bought with it."""
     keys = summary.get("keys_a_query")
     return f"{keys:,.0f}" if math.isfinite(keys) else "all" if summary.model.startswith("dense") else "–"
 
 
-def _named(task: Sequence[Summary]) -> str:
+def task_named(task: Sequence[Summary]) -> str:
+    """`MQAR, 64 pairs, trained at 2,048`."""
     name = TASKS.get(task[0].task, task[0].task)
     trained = {s.trained_len for s in task if math.isfinite(s.trained_len)}
     ends = any(s.by.get("part") for s in task)  # of windows that end alike

@@ -286,10 +286,10 @@ class ArenaConfig(Section):
     tasks: tuple[str, ...] = Field((), description="names that `python -m lshv2.arena --help` lists; empty: all")
     attentions: tuple[ArenaAttention, ...] = get_args(ArenaAttention)
     seeds: PositiveInt = Field(3, description="models of each kind; seeds count from the run's")
-    lengths: tuple[PositiveInt, ...] | None = Field(None, description="judged; None: the recipe's, up to 131,072")
+    lengths: tuple[PositiveInt, ...] | None = Field(None, description="judged; None: the recipe's")
     sequences: PositiveInt | None = Field(None, description="judged at each length; None: the recipe's")
     steps: PositiveInt | None = Field(None, description="of training; None: the recipe's")
-    small: bool = Field(False, description="laptop sizes")
+    small: bool = Field(False, description="laptop sizes: trained at 64 tokens, but for a plugin's own recipe")
     jobs_a_gpu: PositiveInt = Field(2, description="models that train side by side on a GPU")
     plugins: tuple[str, ...] = Field((), description="Python files with tasks of your own")
 
@@ -298,6 +298,8 @@ class ArenaConfig(Section):
     def _tuples(cls, values: Any) -> Any:
         if isinstance(values, dict):
             listed = {k: v.split(",") if isinstance(v, str) else v for k, v in values.items()}
+            if isinstance(lengths := values.get("lengths"), str | int):
+                listed["lengths"] = [int(n) if n.isdecimal() else n for n in str(lengths).split(",")]
             return {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()}
         return values
 

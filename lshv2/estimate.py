@@ -78,8 +78,11 @@ def check_full(settings: Settings, to_run: list[str], *, command: str) -> None:
     raise UserError(f"to go on all the same: {command} YES=1; the same code in minutes: make quick")
 
 
-def check_arena_time(flops: float, models: int, *, command: str) -> None:
-    """Without a GPU: `UserError` with the estimate where training the arena's models takes an hour or more."""
+def check_arena_time(
+    flops: float, models: int, *, command: str, yes: str = "YES=1", small: str = "PRESET=quick"
+) -> None:
+    """Without a GPU: `UserError` with the estimate where training the arena's models takes an hour or more. yes, small:
+    what the command takes to go on all the same, and for laptop sizes."""
     import torch
 
     if flops < HOUR * SLOWEST or torch.cuda.is_available():
@@ -88,7 +91,7 @@ def check_arena_time(flops: float, models: int, *, command: str) -> None:
     if seconds >= HOUR:
         raise UserError(
             f"no GPU here, and training the arena's {models} models anew is {flops:.1e} operations: at least "
-            f"{duration(seconds)}. To go on all the same: {command} YES=1; laptop sizes: PRESET=quick"
+            f"{duration(seconds)}. To go on all the same: {command} {yes}; laptop sizes: {small}"
         )
 
 

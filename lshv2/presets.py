@@ -41,8 +41,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "benchmark": dict(sequence_lengths=(1_024, 2_048, 4_096, 8_192, 16_384), num_samples_per_length=3,
                           max_memory_gb=4.0, timeout_seconds=90.0, fixed_tokens=None, processes_per_length=1),
-        "arena": dict(tasks=("induction",), attentions=("lsh", "dense"), seeds=1, lengths=(256, 1_024, 4_096),
-                      small=True),
+        "arena": dict(tasks=("induction",), attentions=("lsh", "dense"), seeds=1, small=True),
     },
     "test": {
         "model": dict(

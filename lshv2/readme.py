@@ -34,8 +34,8 @@ SHOWN = 6  # variants of a task
 EVALUATIONS = 5  # of a training, at most
 BEGIN, END = "<!-- results: written by `python -m lshv2.readme` -->", "<!-- end of results -->"
 NONE_YET = "No reference run committed yet."
-MORE = ("The targets and whether they are met, the other references, training steps on one to four GPUs, exponents, "
-        "pondering, which attention, and the pictures: [runs/RESULTS.md](runs/RESULTS.md).")
+MORE = ("Every length, the targets and whether they are met, the other references, training steps on one to four GPUs, "
+        "exponents, pondering, which attention, and the pictures: [runs/RESULTS.md](runs/RESULTS.md).")
 COLUMNS = (("forward", "latency_ms", "ms"), ("forward + backward", "train_latency_ms", "ms"), ("peak", "rss_mb", "MB"))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lshv2.arena_digest import ABOUT as DIGEST
+from lshv2.arena_digest import digest_table
 from lshv2.arena_gain import GAIN, gain_table
 from lshv2.arena_results import CURVE, NEEDLES, PICTURE, TASKS, Arena, read_arena
 from lshv2.arena_shapes import ABOUT, shape_table
@@ -113,22 +115,25 @@ def _operator(result: OperatorResult, rows: Sequence[OperatorRow], key: str) -> 
 
 
 def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
-    """What the twins get right by length; unless short, the targets and the pictures too."""
+    """What the twins get right by length, the targets and the pictures; short: each task once."""
     arena, problems = read_arena(folder)
     if arena is None:
         return None
     device, torch, commits = (", ".join(arena.origins(name)) for name in ("device", "torch", "commit"))
     head = (f"**[{key}](runs/{key})**, the arena: {device or 'device not recorded'}, "
-            f"{made_by({'torch': torch, 'commit': commits})}. Mean (lowest to highest seed), as trained; –: not "
-            "measured; from 99 % on rounded down. Keys a query: what it sees at most, whatever the length. Trained at: "
-            "the longest of the lengths trained. Twins differ by their attention alone, so they learn at the rate that "
-            "was chosen for LSH, by these very sequences (what others gave: the targets). Chance and the best "
-            "shortcut, a rule without a model: where they reach most; of one length, every rule.")
-    head += "".join(f" **{problem}.**" for problem in problems)
+            f"{made_by({'torch': torch, 'commit': commits})}.")
+    problem = "".join(f" **{problem}.**" for problem in problems)
+    if short:
+        cells = digest_table(arena)
+        return f"{head} {DIGEST}{problem}\n\n{ruled(cells, (0, len(cells[0]) - 1))}"
+    head += (" Mean (lowest to highest seed), as trained; –: not measured; from 99 % on rounded down. Keys a query: "
+             "what it sees at most, whatever the length. Trained at: the longest of the lengths trained. Twins differ"
+             " by their attention alone, so they learn at the rate that was chosen for LSH, by these very sequences "
+             "(what others gave: the targets). Chance and the best shortcut, a rule without a model: where they reach"
+             " most; of one length, every rule.")
+    head += problem
     cells = score_table(arena)
     scores = ruled(cells, (0, 1, len(cells[0]) - 1))
-    if short:
-        return f"{head}\n\n{scores}"
     return "\n\n".join([
         head, scores, *_published(arena),
         *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),

@@ -77,7 +77,7 @@ def test_twins_and_seeds_in_a_run_are_trained_alike_or_taken_out(tmp_path: Path)
     assert rows() == sorted([("lsh", 0, 2, "", length), ("lsh", 0, 1, "", 32)])
 
 
-PREPARES = DRAWS.format(wrong="ids[:] = self.value") + """
+PREPARES = DRAWS.format(wrong="ids[:] = self.value; labels[:, -1] = self.value") + """
     def prepare(self, folder):
         made = folder / "made"
         if not made.exists():

@@ -15,12 +15,14 @@ from arena_plugins import DRAWS, HEAD, only_known_tasks
 from lshv2.__main__ import _given_settings
 from lshv2.arena.__main__ import main
 from lshv2.arena.job import run_job
+from lshv2.arena.recipes import RECIPES
 from lshv2.arena.registry import get_task, load_plugins, task_names
 from lshv2.arena.study import ARENA, missing, plan, rows_of
 from lshv2.arena.sweep import Point
 from lshv2.arena.task import REGISTERED
 from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
+from lshv2.presets import make_settings
 from lshv2.runner.sweep import run_sweep
 from lshv2.runs import append_jsonl, hold, read_jsonl
 
@@ -116,8 +118,14 @@ WRONG = {
     "ids = ids.tolist()": "learn by: input_ids are list, not a numpy array of whole numbers [8, 64]",
     "return ids, labels": "learn by: draw gave tuple, not Examples(input_ids, labels, groups)",
     "raise ValueError('low >= high')": "learn by: draw raised ValueError: low >= high",
-    "labels[0, -2] = 1": "judge by: 1 to 2 answers a sequence; all need as many",
+    "labels[0, -2] = ids[0, -2]": "judge by: 1 to 2 answers a sequence; all need as many",
     "groups['depth'] = np.zeros(3)": "judge by: group 'depth' is [3], not [4] (sequences) or [4, 1] (answers)",
+    "ids[:, -1] = (labels[:, -1] + 1) % 8": "judge by: 4 of 4 labels are not what stands there, first at [0, 63]: ",
+    "type(self).chance = lambda self, n: 32": "judge by: chance is 32, no accuracy of 0 to 1",
+    "type(self).chance = lambda self, n: '1/8'": "judge by: chance is '1/8', no accuracy of 0 to 1",
+    "type(self).chance = lambda self, n: 1 / 0": "judge by: chance raised ZeroDivisionError: division by zero",
+    "type(self).shortcuts = lambda self, e: {'most': 7}": "judge by: shortcut 'most' is 7, no accuracy of 0 to 1",
+    "type(self).shortcuts = lambda self, e: e.ids": "judge by: shortcuts raised AttributeError: 'Examples' object",
     "self.headline = 'depth', '0'": "judge by: headline is of a group 'depth'; there are: none",
 }
 
@@ -134,6 +142,40 @@ def test_what_cannot_be_learnt_from_or_judged_is_said_at_once(wrong: str, tmp_pa
         tried(wrong, tmp_path)
     head = r"arena: mine, [48] sequences of 64 tokens to "
     assert re.match(head + re.escape(WRONG[wrong]), str(said.value)), said.value
+
+
+def test_hours_on_a_cpu_are_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make arena` does; what is there already does not count, and --yes goes on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    full = (tmp_path, "--tasks", "uuid_needle", "--attentions", "lsh", "--seeds", "0")
+    said = str(arena(*full, monkeypatch=monkeypatch))
+    assert said.startswith("error: no GPU here, and training the arena's 1 models anew is ") and said.count("\n") == 0
+    assert said.endswith("--attentions lsh --seeds 0 --yes; laptop sizes: --small")
+    assert not (tmp_path / "arena").exists() and not (tmp_path / ARENA).exists()
+    left = str(arena(*full, "--yes", "--time-limit", "0", "--lengths", "64", monkeypatch=monkeypatch))
+    assert left.startswith("1 of 1 jobs are left")
+
+
+def test_lengths_take_commas_as_tasks_do() -> None:
+    for given, lengths in (("256,512", (256, 512)), ("64", (64,)), ("[64,128]", (64, 128)), ("null", None)):
+        assert make_settings("quick", [f"arena.lengths={given}"]).arena.lengths == lengths
+    for wrong in ("256,x", "-3", "0", "true"):
+        with pytest.raises(UserError, match="arena.lengths"):
+            make_settings("quick", [f"arena.lengths={wrong}"])
+
+
+def test_a_plugin_s_recipe_is_its_author_s_at_laptop_sizes_too(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(DRAWS.format(wrong="pass"))
+    plain, = plan(["mine"], ("lsh",), (0,), None, True, [str(plugin)])
+    assert (plain.recipe.lengths, plain.lengths) == ((64,), (256, 1024, 4096)), "as all tasks"
+    plugin.write_text(DRAWS.format(wrong="pass") + "\nfrom lshv2.arena.recipes import RECIPES, Recipe\n"
+                      "RECIPES['mine'] = Recipe((32, 96), 7, 512, judged=(128,))\n")
+    try:
+        own, = plan(["mine"], ("lsh",), (0,), None, True, [str(plugin)])
+    finally:
+        RECIPES.pop("mine", None)
+    assert (own.recipe.lengths, own.recipe.steps, own.lengths) == ((32, 96), 7, (128,))
 
 
 def test_a_length_that_a_task_cannot_have_is_said_before_training(

@@ -11,6 +11,7 @@ import pytest
 from example_arena import arena_rows, write_arena
 
 from lshv2 import readme
+from lshv2.arena_digest import digest_table, told
 from lshv2.arena_gain import gain_table
 from lshv2.arena_plots import draw_arena, draw_curve, draw_needles, write_pictures
 from lshv2.arena_results import FILE, Arena, find_arenas, read_arena, summarise
@@ -302,6 +303,28 @@ def test_what_a_sequence_costs_is_a_table_where_it_was_timed(tmp_path: Path) -> 
         ["", "", "dense, scaled by log n", "all", "1", "8", "not measured"]]
     assert "| MQAR, 64 pairs | 4,096 | LSH | 68 | 2 | 3 (2 to 4) | 8 |" in str(readme.arena_part(made, "x"))
     assert cost_table(arena(tmp_path / "b", ROW)) == [] and "costs" not in str(readme.arena_part(tmp_path / "b", "x"))
+
+
+def test_a_digest_has_each_task_where_it_was_trained_and_at_its_longest(tmp_path: Path) -> None:
+    """Beyond the trained length alone dense attention would look worse than it is."""
+    def row(model: str, length: int, value: float | None, **more: Any) -> dict[str, Any]:
+        return {**ROW, "model": model, "seq_len": length, "value": value, "trained_len": 2048, "keys_a_query": 68,
+                "shortcuts": {"guess": 0.5 if length < 9000 else 0.25}, **more}
+
+    rows = [row(model, length, value, seed=seed) for model, values in (("lsh", (0.9, 0.8, 0.7)), ("dense", (1.0, 0.5)))
+            for length, value in zip((1024, 4096, 16_384), values, strict=False) for seed in range(2)]
+    rows += [row("window", 16_384, None, status="out of memory", keys_a_query=4), row("lsh", 65_536, None, status="x"),
+             {**ROW, "task": "other", "model": "dense"}, row("lsh", 16_384, 0.1, setting="rounds=1")]
+    content = arena(tmp_path, *rows)
+    assert digest_table(content) == [
+        ["task", "tokens", "keys a query", "LSH", "dense", "window only", "best shortcut"],
+        ["MQAR, 64 pairs, trained at 2,048", "4,096", "68", "80.0 %, 2 seeds", "50.0 %, 2 seeds", "–",
+         "50.0 % (guess)"],
+        ["", "16,384", "", "70.0 %, 2 seeds", "–", "out of memory", "25.0 % (guess)"]]
+    assert told(content) == [
+        "MQAR, 64 pairs: LSH 90.0 %, 80.0 %, 70.0 %, x; dense 100 %, 50.0 %, –, –; window only –, –, out of memory, –; "
+        "at 1,024, 4,096, 16,384, 65,536 tokens, trained at 2,048; chance 25.0 %",
+        "other: dense 50.0 %; at 1,024 tokens, trained at 512; chance 25.0 %"]
 
 
 def test_a_reference_is_a_table_in_the_readme(tmp_path: Path) -> None:

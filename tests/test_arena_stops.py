@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def test_an_interrupt_is_one_line_and_leaves_no_process(number: int, group: bool
     with drawing(tmp_path / "out", *some) as (job, started):
         (os.killpg if group else os.kill)(job.pid, number)
         out, err = job.communicate(timeout=60)
-        said = "stopped; the same command goes on\n"
-        assert (job.returncode, out, err) == ((-9, "", err) if number == signal.SIGKILL else (128 + number, "", said))
+        said, begun = "stopped; the same command goes on\n", out.splitlines()
+        assert (job.returncode, err) == ((-9, err) if number == signal.SIGKILL else (128 + number, said))
+        assert begun and all(re.fullmatch(r"listops \w+ seed 0: begins, 100,000 steps .*", line) for line in begun), out
         assert not psutil.wait_procs(started, timeout=10)[1]
 
 

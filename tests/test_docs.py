@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from lshv2 import readme
 from lshv2.__main__ import VARIABLES
 from lshv2.presets import make_settings, sections
 from lshv2.runner.phases import PHASE_TABLE
-from lshv2.runs import PHASES, Run
+from lshv2.runs import PHASES, Run, read_jsonl
 
 pytestmark = pytest.mark.skipif(not FILES, reason="not a git checkout: which files belong to the project is unknown")
 
@@ -115,6 +118,21 @@ def test_the_readme_examples_run() -> None:
     said: list[str] = []
     failed = doctest.DocTestRunner(verbose=False).run(examples, out=said.append).failed
     assert not failed, "".join(said)
+
+
+def test_the_task_in_contributing_is_learned(tmp_path: Path) -> None:
+    """As a reader would: the file as it stands, on a CPU, and what a line then says."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page("CONTRIBUTING.md"), re.M | re.S)
+    (tmp_path / "echo.py").write_text(next(block for block in blocks if "class Echo" in block))
+    command = [sys.executable, "-m", "lshv2.arena", "out", "--small", "--plugins", "echo.py", "--tasks", "echo",
+               "--attentions", "lsh", "--seeds", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_jsonl(tmp_path / "out" / "arena.jsonl")[0]
+    assert [(row["seq_len"], row["trained_len"]) for row in rows] == [(64, 64), (256, 64)]
+    assert rows[0]["value"] > 0.9 and rows[0]["chance"] == 1 / 15 and set(rows[0]["by"]["place"]) == set("0123")
+    assert "echo lsh seed 0: begins, 400 steps" in done.stdout and "echo lsh seed 0, accuracy at 64: " in done.stdout
 
 
 def anchors(name: str) -> set[str]:

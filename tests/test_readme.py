@@ -39,7 +39,7 @@ def test_the_readme_shows_the_reference_with_most_rows(tmp_path: Path) -> None:
             append_jsonl(tmp_path / "reference-x" / name / "arena.jsonl", one)
     said = readme.digest(tmp_path)
     assert "(runs/reference-x/more)" in said and "few" not in said and said.endswith(readme.MORE)
-    assert "| target |" not in said and "| ListOps, trained at 512 | LSH | 1 | – | 50.0 % at 2,001 |" in said, said
+    assert "| target |" not in said and "| ListOps, trained at 512 | 2,001 | – | 50.0 %, 1 seed | – |" in said, said
 
 
 def test_results_say_what_was_not_measured(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from lshv2.arena.phase import publish
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.recipes import ATTENTIONS
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import Job, missing, plan, rows_of
+from lshv2.arena.study import Job, missing, plan, rows_of, training_flops
 from lshv2.arena.sweep import TASKS as SWEPT
 from lshv2.arena.sweep import sweep_jobs
 from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
+from lshv2.estimate import check_arena_time
 from lshv2.runs import hold
 
 
@@ -35,7 +36,10 @@ def main() -> None:
         command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])
         with hold(out, command):
             rows = rows_of(out)
-            try_draws([job for job in jobs if missing(job, rows)], out / "arena")
+            todo = [job for job in jobs if missing(job, rows)]
+            if not arguments.yes:
+                check_arena_time(training_flops(todo), len(todo), command=command, yes="--yes", small="--small")
+            try_draws(todo, out / "arena")
             gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
             left = run_pool(jobs, out, gpus, arguments.time_limit, command)
             publish(out)
@@ -64,18 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     positive = _whole(1)
     parser.add_argument("out", type=Path, help="folder of arena.jsonl and its pictures; an earlier one is gone on with")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="see below; default: all of them")
-    parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
-    parser.add_argument("--seeds", nargs="+", type=_whole(0), default=[0, 1, 2])
-    parser.add_argument("--lengths", nargs="+", type=positive, help="default: 1,024 to 131,072 in powers of two")
-    parser.add_argument("--sequences", type=positive, help="judged at each length")
+    parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=_whole(0), default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--lengths", nargs="+", type=positive, help="judged; default: the recipe's, mostly 1,024 to "
+                        "131,072 in powers of two")
+    parser.add_argument("--sequences", type=positive, help="judged at each length; default: the recipe's")
     parser.add_argument("--asked", type=_whole(0), default=0, metavar="N", help="judge by other sequences than the "
                         "reported ones (0): what a recipe is chosen by")
     parser.add_argument("--steps", type=positive, help="of training, instead of the recipes'")
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE.py", help="files with tasks of your own")
     parser.add_argument("--sweep", action="store_true", help="the quality curve: rounds, bucket size and cells instead")
-    parser.add_argument("--small", action="store_true", help="laptop sizes")
-    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
-    parser.add_argument("--jobs-a-gpu", type=int, choices=range(1, 9), default=1, metavar="N")
+    parser.add_argument("--small", action="store_true", help="laptop sizes: trained at 64 tokens, judged to 4,096")
+    parser.add_argument("--yes", action="store_true", help="without a GPU: however long it takes")
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS",
+                        help="after which no model is begun; default: none")
+    parser.add_argument("--jobs-a-gpu", type=int, choices=range(1, 9), default=1, metavar="N",
+                        help="models side by side on each, 1 to 8; default: 1")
     return parser
 
 

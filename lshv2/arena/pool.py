@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.arena.job import run_job, shown
+from lshv2.arena.registry import get_task
 from lshv2.arena.study import Job, missing, rows_of
 from lshv2.stopping import end_with_parent
 
@@ -153,8 +154,10 @@ def _work(job: Job, folder: Path, deadline: float, command: str, shared: bool) -
     label = f"{job.task} {job.model} seed {job.seed}"
     if time.time() > deadline:
         return f"{label}: not started, the time is up"
+    print(f"{label}: begins, {job.recipe.steps:,} steps to train or what is left of them", flush=True)
     began, values, losses = time.monotonic(), list[str](), list[float]()
-    run_job(job, folder, lambda row: values.append(shown(row)), command,
+    run_job(job, folder, lambda row: values.append(f"{row['seq_len']:,}: {shown(row)}"), command,
             lambda step, loss: losses.append(loss), shared)
     curve = " ".join(f"{loss:.4f}" for loss in losses[:: max(1, len(losses) // 8)])
-    return f"{label}: {' '.join(values)}  ({time.monotonic() - began:.0f} s; losses on the way {curve})"
+    values_at = f"{get_task(job.task).metric} at {', '.join(values)}"
+    return f"{label}, {values_at}  ({time.monotonic() - began:.0f} s; losses on the way {curve})"

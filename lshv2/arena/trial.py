@@ -40,7 +40,7 @@ def try_draws(jobs: Sequence[Job], folder: Path | None) -> None:
         lacking, lengths = list[UserError](), sorted({n for job in of for n in job.lengths})
         for length in lengths:
             try:
-                _draw(task, max(job.recipe.sequences for job in of), length)
+                _draw(task, max(job.recipe.sequences for job in of), length, rules=length == lengths[0])
             except _Lacking as error:
                 lacking.append(UserError(str(error)))
         if lacking and (not task.source or len(lacking) == len(lengths)):
@@ -51,7 +51,8 @@ class _Lacking(Exception):
     """What a task's own `draw` says of a length."""
 
 
-def _draw(task: ArenaTask, n: int, length: int) -> None:
+def _draw(task: ArenaTask, n: int, length: int, rules: bool = False) -> None:
+    """rules: ask for the shortcuts too, which take their time on long sequences."""
     purpose = "learn" if task.split == "train" else "judge"
     where = f"arena: {task.name}, {n} sequences of {length:,} tokens to {purpose} by"
     try:
@@ -63,6 +64,8 @@ def _draw(task: ArenaTask, n: int, length: int) -> None:
     except Exception as error:  # a person's own code
         raise UserError(f"{where}: draw raised {type(error).__name__}: {error}") from error
     if problem := _problem(task, examples, n, length):
+        raise UserError(f"{where}: {problem}")
+    if task.split == "eval" and (problem := _levels(task, examples if rules else None, length)):
         raise UserError(f"{where}: {problem}")
 
 
@@ -78,6 +81,12 @@ def _problem(task: ArenaTask, examples: object, n: int, length: int) -> str | No
     for what, x in (("input_ids", examples.input_ids), ("labels", examples.labels[:, 1:][scored])):
         if x.size and not 0 <= x.min() <= x.max() < task.vocab_size:
             return f"{what} go from {x.min()} to {x.max()}, beyond 0 to {task.vocab_size - 1} (vocab_size)"
+    others = scored & (examples.labels != examples.input_ids)[:, 1:]
+    if task.split == "eval" and others.any():
+        row, at = (int(place[0]) for place in others.nonzero())
+        label, there = examples.labels[row, at + 1], examples.input_ids[row, at + 1]
+        return (f"{others.sum():,} of {scored.sum():,} labels are not what stands there, first at [{row}, {at + 1}]: "
+                f"{label}, and input_ids {there}; a label stands at the answer itself, {IGNORED} elsewhere")
     counts = scored.sum(1)
     if not counts.any():
         return f"no answers: every label after the first is {IGNORED}"
@@ -90,4 +99,23 @@ def _problem(task: ArenaTask, examples: object, n: int, length: int) -> str | No
             return f"group {name!r} is {list(np.shape(group))}, not [{n}] (sequences) or [{n}, {counts[0]}] (answers)"
     if task.headline and task.headline[0] not in examples.groups:
         return f"headline is of a group {task.headline[0]!r}; there are: {', '.join(examples.groups) or 'none'}"
+    return None
+
+
+def _levels(task: ArenaTask, examples: Examples | None, length: int) -> str | None:
+    """What is wrong with chance, or with the shortcuts on these examples: else asked for only when models are there."""
+    most, what = 1.0 if task.metric == "accuracy" else np.inf, "chance"
+    try:
+        said: dict[str, object] = {"": task.chance(length)}
+        if examples is not None:
+            what = "shortcuts"
+            said |= {f" {name!r}": value for name, value in task.shortcuts(examples).items()}
+    except Exception as error:  # a person's own code
+        return f"{what} raised {type(error).__name__}: {error}"
+    for name, value in said.items():
+        if value is None and not name:  # there is no such thing
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= most:
+            bound = "0 to 1" if most == 1 else "0 or more"
+            return f"{'shortcut' + name if name else 'chance'} is {value!r}, no {task.metric} of {bound}"
     return None

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lshv2.arena_digest import told
+from lshv2.arena_results import read_arena
 from lshv2.config import Settings
 from lshv2.parallel.layout import check_parallel
 from lshv2.presets import make_settings
@@ -158,6 +160,10 @@ class Pipeline:
             importlib.import_module(self.report).write_manifest(run, phases)
         if any(phase["state"] == "failed" for phase in phases):
             return
+        if any(phase["phase"] == "04_arena" and phase["state"] == "ok" for phase in phases):
+            arena = read_arena(run.path)[0]
+            for line in told(arena) if arena else ():
+                print(f"arena:   {line}")
         content = read_json(manifest)[0]
         verdict = content.get("verdict") if isinstance(content, dict) else None
         print(f"results: {_short(run.path)}")
