@@ -51,17 +51,15 @@ def _picture(folder: Path, key: str, name: str, words: str) -> list[str]:
     return [f"![{words}](runs/{key}/{name})"] if (folder / name).is_file() else []
 
 
-def target_table(targets: Sequence[Target], detailed: bool = False) -> list[str]:
-    """Detailed: with how a value was measured behind it, and those that were not measured in a line of their own."""
+def target_table(targets: Sequence[Target]) -> list[str]:
+    """With how a value was measured behind it, and those that were not measured in a line of their own."""
     lines = [["target", "at least", "stretch", "measured", ""], ["---"] * 5]
-    apart = [target for target in targets if detailed and not math.isfinite(target.value)]
+    apart = [target for target in targets if not math.isfinite(target.value)]
     for target in targets:
         if target in apart:
             continue
-        value = shown(target.value, target.unit) if math.isfinite(target.value) else target.detail
-        if detailed and target.detail:
-            value += f" ({target.detail})"
-        lines.append([target.name, target.target or "–", target.stretch or "–", value or "–", verdict(target)])
+        value = shown(target.value, target.unit) + f" ({target.detail})" * bool(target.detail)
+        lines.append([target.name, target.target or "–", target.stretch or "–", value, verdict(target)])
     parts = [markdown(lines)] if len(lines) > 2 else []
     if apart and len(apart) == len(targets):
         parts.append(f"None of its {len(targets)} targets was measured here.")
@@ -81,7 +79,7 @@ def operator_parts(folders: dict[str, Path]) -> list[str]:
     parts = []
     for key, result in found.items():
         if rows := result.of("eager", batch_one=True):
-            parts += [_operator(result, rows, key), *target_table(result.targets, detailed=True)]
+            parts += [_operator(result, rows, key), *target_table(result.targets)]
             if key in fullest.values():
                 parts += _picture(folders[key], key, "attention.png", "time, speed-up and parts by length")
     return parts
@@ -136,7 +134,7 @@ def arena_part(folder: Path, key: str, short: bool = False) -> str | None:
     scores = ruled(cells, (0, 1, len(cells[0]) - 1))
     return "\n\n".join([
         head, scores, *_published(arena),
-        *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0]), detailed=True),
+        *target_table(arena_targets(arena.summaries, read_benchmark(folder)[0])),
         *_gains(arena), *_shapes(arena), *_costs(arena),
         *_picture(folder, key, PICTURE, "scores by length and by group"),
         *_picture(folder, key, CURVE, "scores by keys a query"),

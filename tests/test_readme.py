@@ -145,10 +145,10 @@ def test_targets_stand_with_how_they_were_measured_and_those_that_were_not_in_a_
     assert all(f"| speed of {name} | ≥ 2 × | ≥ 4 × | 3 × (why) | met |" in said for name in ("few", "more"))
     measured, missing = ([Target(name, "≥ 2 ×", "≥ 4 ×", value, "×", None, None, "why")] for name, value in
                          (("a", 3.0), ("b", math.nan)))
-    assert readme_parts.target_table([*measured, *missing], detailed=True)[-1] == "Not measured here: b (why)."
+    assert readme_parts.target_table([*measured, *missing])[-1] == "Not measured here: b (why)."
     bare = [replace(target, detail="") for target in missing]
-    assert readme_parts.target_table([*measured, *bare], detailed=True)[-1] == "Not measured here: b."
-    assert readme_parts.target_table(missing, detailed=True) == ["None of its 1 targets was measured here."]
+    assert readme_parts.target_table([*measured, *bare])[-1] == "Not measured here: b."
+    assert readme_parts.target_table(missing) == ["None of its 1 targets was measured here."]
 
 
 def test_several_gpus_stand_below_the_one(tmp_path: Path) -> None:
