@@ -119,6 +119,8 @@ def _absolute(key: str, value: Any) -> Any:
     """Paths as seen from the folder in which they were typed: the notebooks run in their own."""
     if key not in PATHS or not isinstance(value, str | list):
         return value
+    if key == "data.source" and isinstance(value, str):
+        return _data(value, key) or value
     several = value.split(",") if isinstance(value, str) and key == "arena.plugins" else value
     if isinstance(several, list):
         return [_path(path) if isinstance(path, str) else path for path in several if path != ""]
@@ -187,13 +189,13 @@ def _number(name: str, values: dict[str, str], *, default: int) -> int:
     return int(text)
 
 
-def _data(text: str) -> str | None:
+def _data(text: str, name: str = "DATA") -> str | None:
     """Absolute: the notebooks run in their own folder."""
     if not text:
         return None
     path = Path(_path(text))
     if not path.exists() and not glob.glob(str(path), recursive=True):
-        raise UserError(f"DATA={text} does not exist (looked for {path}); give a text file or a folder of them")
+        raise UserError(f"{name}={text} does not exist (looked for {path}); give a text file or a folder of them")
     return str(path)
 
 

@@ -251,6 +251,8 @@ def test_pictures_lie_beside_what_the_command_measured(tmp_path: Path, monkeypat
 
 def test_paths_among_the_settings_begin_where_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").write_text("once")
     given = dict.fromkeys(("SET", "NPROC", "SEED", "DATA"), "")
     for typed, key, expected in (
         ("arena.plugins=a.py,/b.py", "arena.plugins", [str(tmp_path / "a.py"), "/b.py"]),

@@ -54,6 +54,7 @@ MISTAKES = {
     "bad flag": (["quick", "FORCE=yes"], "FORCE='yes'"),
     "several processes": (["quick", "NPROC=3"], "n_kv_heads=2 is not a multiple of 3"),
     "missing data": (["quick", "DATA=/no such folder"], "DATA=/no such folder does not exist"),
+    "missing data among the settings": (["quick", "SET=data.source=/nowhere"], "data.source=/nowhere does not exist"),
     "unknown command": (["fast"], "unknown command fast; allowed: quick, full"),
     "unknown argument": (["quick", "--force"], "unknown argument '--force'; allowed: RUN="),
     "nothing to package": (["package", "RUN=nosuch"], "is not a run folder: config.json is missing"),
