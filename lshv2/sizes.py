@@ -12,6 +12,7 @@ from lshv2.errors import UserError
 
 SHAPE_KEYS = ("d_model", "n_heads", "n_kv_heads", "d_ff")  # what a named size decides
 TOLERANCE = 0.05  # a named size resolves within this fraction, or is refused
+WIDTHS = (*range(16, 256, 16), *range(256, 4096 + 1, 64))  # d_model of a named size
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -34,17 +35,18 @@ def shape_for(target: int, **fixed: Any) -> dict[str, int]:
     if _error(documented, target) <= TOLERANCE:
         return {key: getattr(documented, key) for key in SHAPE_KEYS}
     best: ModelConfig | None = None
-    for d_model in [*range(16, 256, 16), *range(256, 4096 + 1, 64)]:
+    for d_model in WIDTHS:
         for candidate in _candidates(d_model, fixed, target):
             if best is None or _rank(candidate, target) < _rank(best, target):
                 best = candidate
     if best is None or _error(best, target) > TOLERANCE:
         vocab = documented.vocab_size
         nearest = "none" if best is None else f"{count_parameters(best):,}"
-        raise UserError(
-            f"no shape with vocab_size={vocab} has {target:,} parameters within {TOLERANCE:.0%} (nearest: {nearest}); "
-            f"the two embeddings alone take 2 x {vocab} x d_model: choose a larger size or a smaller vocabulary"
-        )
+        what = f"the two embeddings alone take 2 x {vocab} x d_model: choose a larger size or a smaller vocabulary"
+        if target > 2 * vocab * WIDTHS[-1]:
+            what = f"widths end at {WIDTHS[-1]:,}: choose a smaller size, or more distinct blocks (weight_tied_layers)"
+        raise UserError(f"no shape with vocab_size={vocab} has {target:,} parameters within {TOLERANCE:.0%} (nearest: "
+                        f"{nearest}); {what}")
     return {key: getattr(best, key) for key in SHAPE_KEYS}
 
 

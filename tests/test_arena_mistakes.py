@@ -147,11 +147,11 @@ def test_what_cannot_be_learnt_from_or_judged_is_said_at_once(wrong: str, tmp_pa
 def test_hours_on_a_cpu_are_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `make arena` does; what is there already does not count, and --yes goes on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    full = (tmp_path, "--tasks", "uuid_needle", "--attentions", "lsh", "--seeds", "0")
+    full = (tmp_path / "out", "--tasks", "uuid_needle", "--attentions", "lsh", "--seeds", "0")
     said = str(arena(*full, monkeypatch=monkeypatch))
     assert said.startswith("error: no GPU here, and training the arena's 1 models anew is ") and said.count("\n") == 0
     assert said.endswith("--attentions lsh --seeds 0 --yes; laptop sizes: --small")
-    assert not (tmp_path / "arena").exists() and not (tmp_path / ARENA).exists()
+    assert not list(tmp_path.iterdir())
     left = str(arena(*full, "--yes", "--time-limit", "0", "--lengths", "64", monkeypatch=monkeypatch))
     assert left.startswith("1 of 1 jobs are left")
 

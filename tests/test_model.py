@@ -40,6 +40,12 @@ def test_sizes_resolve_within_five_percent_or_one_line_says_why(size: str, vocab
     assert abs(count_parameters(config) - target) <= 0.05 * target
 
 
+def test_a_size_that_no_width_reaches_is_told_from_one_that_the_vocabulary_fills() -> None:
+    for target, hint in ((7_000_000_000, "widths end at 4,096: choose a smaller"), (10_000, "choose a larger size")):
+        with pytest.raises(UserError, match=hint):
+            shape_for(target, vocab_size=32_000)
+
+
 def test_closed_form_count_equals_the_built_model() -> None:
     others = ({"n_kv_heads": 4}, {"weight_tied_layers": 4}, {"attention": "dense"}, {"short_conv": 3})
     for changes in ({}, {"use_ponder": False}, *others):

@@ -32,14 +32,13 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, _interrupt)  # as `timeout` and batch systems send it
     try:
         jobs = _jobs(arguments)
-        out = _writable(arguments.out)
         command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])
+        if not arguments.yes:
+            todo = _todo(jobs, arguments.out)
+            check_arena_time(training_flops(todo), len(todo), command=command, yes="--yes", small="--small")
+        out = _writable(arguments.out)
         with hold(out, command):
-            rows = rows_of(out)
-            todo = [job for job in jobs if missing(job, rows)]
-            if not arguments.yes:
-                check_arena_time(training_flops(todo), len(todo), command=command, yes="--yes", small="--small")
-            try_draws(todo, out / "arena")
+            try_draws(_todo(jobs, out), out / "arena")
             gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
             left = run_pool(jobs, out, gpus, arguments.time_limit, command)
             publish(out)
@@ -53,6 +52,11 @@ def main() -> None:
     if left:
         sys.exit(f"{left} of {len(jobs)} jobs are left, those that FAILED above or were not started in time: the same "
                  "command tries them again")
+
+
+def _todo(jobs: list[Job], folder: Path) -> list[Job]:
+    rows = rows_of(folder)
+    return [job for job in jobs if missing(job, rows)]
 
 
 def _interrupt(number: int, frame: object) -> None:
