@@ -81,7 +81,8 @@ def run(command: str, values: dict[str, str]) -> int:
         if settings.preset == "full" and not yes:
             check_full(settings, due, command=again)
         if "04_arena" in due and not yes:
-            check_arena_time(training_flops(jobs), len(jobs), command=again)
+            small = "" if settings.arena.small else "PRESET=quick"
+            check_arena_time(training_flops(jobs), len(jobs), command=again, small=small)
 
     pipeline = Pipeline(
         run_dir=run_dir, **settings, force=force, chosen=COMMANDS[command], resume=again, before_work=check

@@ -21,19 +21,23 @@ def digest_table(arena: Arena) -> list[list[str]]:
     models = [name for name in MODELS if name in known] + sorted(known - set(MODELS))
     table = [["task", "tokens", "keys a query", *(MODELS.get(name, name) for name in models), "best shortcut"]]
     for task in arena.tasks:
-        mine = trained_to(arena.of(task))
-        judged = sorted({s.seq_len for s in mine if s.model == "lsh" and s.seeds})
-        if not judged:
+        every = [s for s in arena.of(task) if s.seeds]
+        base = trained_to([s for s in every if s.model == "lsh"] or every)
+        if not base:
+            table.append([TASKS.get(task, task), *["–"] * (len(table[0]) - 1)])
             continue
-        shown = sorted({next((n for n in judged if n >= mine[0].trained_len), judged[-1]), judged[-1]})
+        # twins of another trained length are another study: RESULTS.md has them
+        mine = [s for s in arena.of(task) if s.trained_len == base[0].trained_len] or base
+        judged = sorted({s.seq_len for s in base})
+        shown = sorted({next((n for n in judged if n >= base[0].trained_len), judged[-1]), judged[-1]})
         for length in shown:
             here = {s.model: s for s in mine if s.seq_len == length}
             level, = levels([s for s in arena.of(task) if s.seq_len == length])
-            rule = f"{shown_score(level.shortcut, here['lsh'].metric)} ({level.name})" if level.name else "–"
+            rule = f"{shown_score(level.shortcut, base[0].metric)} ({level.name})" if level.name else "–"
             cells = [f"{spread(s)}, {counted(s.seeds)}" if (s := here.get(name)) and s.seeds else s.status if s else "–"
                      for name in models]
             first = length == shown[0]
-            table.append([task_named(mine) if first else "", f"{length:,}", keys_shown(here["lsh"]) if first else "",
+            table.append([task_named(mine) if first else "", f"{length:,}", keys_shown(base[0]) if first else "",
                           *cells, rule])
     return table
 
@@ -42,8 +46,8 @@ def told(arena: Arena) -> list[str]:
     """`induction heads: LSH 100 %, 96.9 %; dense 62.5 %, 12.5 %; at 256, 1,024 tokens, trained at 64; chance 6.7 %`."""
     said = []
     for task in arena.tasks:
-        mine = trained_to(arena.of(task))
-        if not mine:
+        mine = arena.of(task)
+        if not mine:  # asked with other settings alone
             continue
         lengths = sorted({s.seq_len for s in mine})
         models = []

@@ -82,16 +82,17 @@ def check_arena_time(
     flops: float, models: int, *, command: str, yes: str = "YES=1", small: str = "PRESET=quick"
 ) -> None:
     """Without a GPU: `UserError` with the estimate where training the arena's models takes an hour or more. yes, small:
-    what the command takes to go on all the same, and for laptop sizes."""
+    what the command takes to go on all the same, and for laptop sizes; "": it has those already."""
     import torch
 
     if flops < HOUR * SLOWEST or torch.cuda.is_available():
         return
     seconds = flops / measure_flops_per_second()
     if seconds >= HOUR:
+        hint = f"; laptop sizes: {small}" if small else ""
         raise UserError(
             f"no GPU here, and training the arena's {models} models anew is {flops:.1e} operations: at least "
-            f"{duration(seconds)}. To go on all the same: {command} {yes}; laptop sizes: {small}"
+            f"{duration(seconds)}. To go on all the same: {command} {yes}{hint}"
         )
 
 

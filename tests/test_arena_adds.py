@@ -35,7 +35,9 @@ def test_a_run_adds_to_its_arena_and_trains_anew_what_is_trained_otherwise(
         assert lab(["arena", "RUN=mine", "PRESET=test", some]) == 0
         rows = read_jsonl(tmp_path / "runs" / "mine" / ARENA)[0]
         assert len(rows) == len({(row["task"], row["model"]) for row in rows}), "two answers to one question"
-        return capsys.readouterr().out.splitlines()[0], {row["task"]: row["time"] for row in rows}
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("arena:   mine: LSH ") for line in lines), "what came out, skipped or not"
+        return lines[0], {row["task"]: row["time"] for row in rows}
 
     said, first = after("mine")
     assert said == "04_arena: runs" and set(first) == {"mine"}

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from arena_plugins import DRAWS, HEAD, only_known_tasks
@@ -126,6 +127,7 @@ WRONG = {
     "type(self).chance = lambda self, n: 1 / 0": "judge by: chance raised ZeroDivisionError: division by zero",
     "type(self).shortcuts = lambda self, e: {'most': 7}": "judge by: shortcut 'most' is 7, no accuracy of 0 to 1",
     "type(self).shortcuts = lambda self, e: e.ids": "judge by: shortcuts raised AttributeError: 'Examples' object",
+    "type(self).chance = lambda self, n: float('nan')": "judge by: chance is nan, no accuracy of 0 to 1",
     "self.headline = 'depth', '0'": "judge by: headline is of a group 'depth'; there are: none",
 }
 
@@ -144,6 +146,42 @@ def test_what_cannot_be_learnt_from_or_judged_is_said_at_once(wrong: str, tmp_pa
     assert re.match(head + re.escape(WRONG[wrong]), str(said.value)), said.value
 
 
+LACKS = HEAD + """
+from lshv2.errors import UserError
+@register
+class Mine(ArenaTask):
+    name, vocab_size, source = "mine", 8, "books"
+    def draw(self, generator, n, length):
+        if length < 100 and self.split == "eval":
+            raise UserError("too short")
+        ids = generator.integers(8, size=(n, length))
+        labels = np.full_like(ids, -100)
+        labels[:, -1] = ids[:, -1]
+        return Examples(ids, labels, {"half": np.arange(n) % 2})
+    def chance(self, length):
+        return np.float32(1 / 8)
+    def shortcuts(self, examples):
+        return {"by half": np.float64(examples.groups["half"].mean()) SHORT}
+"""
+
+
+def test_shortcuts_are_tried_at_the_first_length_that_there_is_and_as_they_will_be_asked(tmp_path: Path) -> None:
+    """With groups, and numbers that a line can hold, whatever kind they are."""
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(LACKS.replace("SHORT", "/ 0"))
+    changes = {"sequences": 4, "steps": 2}
+    bad = r"128 tokens to judge by: shortcut 'by half' is np.float64\(inf\), no"
+    with pytest.raises(UserError, match=bad), np.errstate(divide="ignore"):
+        try_draws(plan(["mine"], ("lsh",), (0,), (64, 128, 256), True, [str(plugin)], changes), None)
+    plugin.write_text(LACKS.replace("SHORT", ""))
+    job, = plan(["mine"], ("lsh",), (0,), (64, 128), True, [str(plugin)], changes)
+    try_draws([job], None)
+    run_job(job, tmp_path)
+    short, row = read_jsonl(tmp_path / ARENA)[0]
+    assert short["status"] == "not run" and row["shortcuts"] == {"by half": 0.5}
+    assert row["chance"] == pytest.approx(1 / 8) and set(row["by"]["half"]) == {"0", "1"}
+
+
 def test_hours_on_a_cpu_are_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `make arena` does; what is there already does not count, and --yes goes on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -152,6 +190,8 @@ def test_hours_on_a_cpu_are_said_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert said.startswith("error: no GPU here, and training the arena's 1 models anew is ") and said.count("\n") == 0
     assert said.endswith("--attentions lsh --seeds 0 --yes; laptop sizes: --small")
     assert not list(tmp_path.iterdir())
+    small = str(arena(*full, "--small", "--steps", "100000000", monkeypatch=monkeypatch))
+    assert small.endswith("--small --steps 100000000 --yes"), "it has laptop sizes already"
     left = str(arena(*full, "--yes", "--time-limit", "0", "--lengths", "64", monkeypatch=monkeypatch))
     assert left.startswith("1 of 1 jobs are left")
 

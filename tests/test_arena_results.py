@@ -314,17 +314,21 @@ def test_a_digest_has_each_task_where_it_was_trained_and_at_its_longest(tmp_path
     rows = [row(model, length, value, seed=seed) for model, values in (("lsh", (0.9, 0.8, 0.7)), ("dense", (1.0, 0.5)))
             for length, value in zip((1024, 4096, 16_384), values, strict=False) for seed in range(2)]
     rows += [row("window", 16_384, None, status="out of memory", keys_a_query=4), row("lsh", 65_536, None, status="x"),
-             {**ROW, "task": "other", "model": "dense"}, row("lsh", 16_384, 0.1, setting="rounds=1")]
+             {**ROW, "task": "other", "model": "dense"}, row("lsh", 16_384, 0.1, setting="rounds=1"),
+             row("dense", 4096, 0.75, trained_len=4096), {**ROW, "task": "third", "value": None, "status": "not run"}]
     content = arena(tmp_path, *rows)
     assert digest_table(content) == [
         ["task", "tokens", "keys a query", "LSH", "dense", "window only", "best shortcut"],
         ["MQAR, 64 pairs, trained at 2,048", "4,096", "68", "80.0 %, 2 seeds", "50.0 %, 2 seeds", "–",
          "50.0 % (guess)"],
-        ["", "16,384", "", "70.0 %, 2 seeds", "–", "out of memory", "25.0 % (guess)"]]
+        ["", "16,384", "", "70.0 %, 2 seeds", "–", "out of memory", "25.0 % (guess)"],
+        ["other, trained at 512", "1,024", "all", "–", "50.0 %, 1 seed", "–", "–"], ["third", *["–"] * 6]]
     assert told(content) == [
-        "MQAR, 64 pairs: LSH 90.0 %, 80.0 %, 70.0 %, x; dense 100 %, 50.0 %, –, –; window only –, –, out of memory, –; "
-        "at 1,024, 4,096, 16,384, 65,536 tokens, trained at 2,048; chance 25.0 %",
-        "other: dense 50.0 %; at 1,024 tokens, trained at 512; chance 25.0 %"]
+        "MQAR, 64 pairs: LSH, trained at 2,048 90.0 %, 80.0 %, 70.0 %, x; dense, trained at 2,048 100 %, 50.0 %, –, –; "
+        "dense, trained at 4,096 –, 75.0 %, –, –; window only, trained at 2,048 –, –, out of memory, –; "
+        "at 1,024, 4,096, 16,384, 65,536 tokens; chance 25.0 %",
+        "other: dense 50.0 %; at 1,024 tokens, trained at 512; chance 25.0 %",
+        "third: LSH not run; at 1,024 tokens, trained at 512; chance 25.0 %"]
 
 
 def test_a_reference_is_a_table_in_the_readme(tmp_path: Path) -> None:

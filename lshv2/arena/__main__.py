@@ -35,7 +35,8 @@ def main() -> None:
         command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])
         if not arguments.yes:
             todo = _todo(jobs, arguments.out)
-            check_arena_time(training_flops(todo), len(todo), command=command, yes="--yes", small="--small")
+            small = "" if arguments.small else "--small"
+            check_arena_time(training_flops(todo), len(todo), command=command, yes="--yes", small=small)
         out = _writable(arguments.out)
         with hold(out, command):
             try_draws(_todo(jobs, out), out / "arena")
@@ -82,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=positive, help="of training, instead of the recipes'")
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE.py", help="files with tasks of your own")
     parser.add_argument("--sweep", action="store_true", help="the quality curve: rounds, bucket size and cells instead")
-    parser.add_argument("--small", action="store_true", help="laptop sizes: trained at 64 tokens, judged to 4,096")
+    parser.add_argument("--small", action="store_true", help="laptop sizes: trained at 64 tokens (or the fewest "
+                        "a task takes), judged to 4,096; a plugin's own recipe stays what it is")
     parser.add_argument("--yes", action="store_true", help="without a GPU: however long it takes")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS",
                         help="after which no model is begun; default: none")

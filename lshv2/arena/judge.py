@@ -48,6 +48,7 @@ def judge(
         seen.append(examples)
     values = np.concatenate(outcomes)
     named = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+    chance = task.chance(length)
     per_sequence = values.all(1, keepdims=True).astype(float) if task.exact else values
     by = _by(named, values, per_sequence, task)
     value, scored = _mean(per_sequence, task), int(values.size)
@@ -55,8 +56,8 @@ def judge(
         group, label = task.headline
         value, scored = by[group][label], int(np.sum(named[group] == label))
     return {
-        "metric": task.metric, "value": value, "chance": task.chance(length),
-        "shortcuts": task.shortcuts(_joined(seen)), "by": by,
+        "metric": task.metric, "value": value, "chance": None if chance is None else float(chance),
+        "shortcuts": {name: float(reached) for name, reached in task.shortcuts(_joined(seen)).items()}, "by": by,
         "scored": scored, "sequences": len(values), "peak_mb": round(meter.peak_mb(), 1),
         **({"by_token": float(values.mean())} if task.exact else {}),
     }
@@ -113,4 +114,6 @@ def _by(
 
 def _joined(seen: list[Examples]) -> Examples:
     ids, labels = (np.concatenate([getattr(e, name) for e in seen])[:SHORTCUTS] for name in ("input_ids", "labels"))
-    return Examples(ids, labels)
+    names = seen[0].groups
+    groups = {name: np.concatenate([np.asarray(e.groups[name]) for e in seen])[:SHORTCUTS] for name in names}
+    return Examples(ids, labels, groups)

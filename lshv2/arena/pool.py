@@ -17,7 +17,7 @@ from typing import Any
 
 from lshv2.arena.job import run_job, shown
 from lshv2.arena.registry import get_task
-from lshv2.arena.study import Job, missing, rows_of
+from lshv2.arena.study import Job, Row, missing, rows_of
 from lshv2.stopping import end_with_parent
 
 INTERRUPTED = 130
@@ -156,8 +156,14 @@ def _work(job: Job, folder: Path, deadline: float, command: str, shared: bool) -
         return f"{label}: not started, the time is up"
     print(f"{label}: begins, {job.recipe.steps:,} steps to train or what is left of them", flush=True)
     began, values, losses = time.monotonic(), list[str](), list[float]()
-    run_job(job, folder, lambda row: values.append(f"{row['seq_len']:,}: {shown(row)}"), command,
+    run_job(job, folder, lambda row: values.append(_told(row)), command,
             lambda step, loss: losses.append(loss), shared)
     curve = " ".join(f"{loss:.4f}" for loss in losses[:: max(1, len(losses) // 8)])
     values_at = f"{get_task(job.task).metric} at {', '.join(values)}"
     return f"{label}, {values_at}  ({time.monotonic() - began:.0f} s; losses on the way {curve})"
+
+
+def _told(row: Row) -> str:
+    """`1,024: 0.9990`, or `1,024 (rounds=1): 0.9500` of what was asked otherwise than it was trained."""
+    setting = f" ({row['setting']})" if row["setting"] else ""
+    return f"{row['seq_len']:,}{setting}: {shown(row)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,10 +38,11 @@ def try_draws(jobs: Sequence[Job], folder: Path | None) -> None:
         for length in sorted({n for job in of for n in job.recipe.lengths}):
             _draw(task, min(TRAINED, max(1, of[0].recipe.tokens // length)), length)
         task.split = "eval"
-        lacking, lengths = list[UserError](), sorted({n for job in of for n in job.lengths})
+        lacking, lengths, rules = list[UserError](), sorted({n for job in of for n in job.lengths}), True
         for length in lengths:
             try:
-                _draw(task, max(job.recipe.sequences for job in of), length, rules=length == lengths[0])
+                _draw(task, max(job.recipe.sequences for job in of), length, rules)
+                rules = False  # of the first length that there is
             except _Lacking as error:
                 lacking.append(UserError(str(error)))
         if lacking and (not task.source or len(lacking) == len(lengths)):
@@ -106,7 +108,7 @@ def _levels(task: ArenaTask, examples: Examples | None, length: int) -> str | No
     """What is wrong with chance, or with the shortcuts on these examples: else asked for only when models are there."""
     most, what = 1.0 if task.metric == "accuracy" else np.inf, "chance"
     try:
-        said: dict[str, object] = {"": task.chance(length)}
+        said: dict[str, Any] = {"": task.chance(length)}
         if examples is not None:
             what = "shortcuts"
             said |= {f" {name!r}": value for name, value in task.shortcuts(examples).items()}
@@ -115,7 +117,8 @@ def _levels(task: ArenaTask, examples: Examples | None, length: int) -> str | No
     for name, value in said.items():
         if value is None and not name:  # there is no such thing
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= most:
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not (number and np.isfinite(value) and 0 <= value <= most):
             bound = "0 to 1" if most == 1 else "0 or more"
             return f"{'shortcut' + name if name else 'chance'} is {value!r}, no {task.metric} of {bound}"
     return None

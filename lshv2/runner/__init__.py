@@ -160,7 +160,9 @@ class Pipeline:
             importlib.import_module(self.report).write_manifest(run, phases)
         if any(phase["state"] == "failed" for phase in phases):
             return
-        if any(phase["phase"] == "04_arena" and phase["state"] == "ok" for phase in phases):
+        if "04_arena" in self.chosen and any(
+            phase["phase"] == "04_arena" and phase["state"] in ("ok", "skipped") for phase in phases
+        ):
             arena = read_arena(run.path)[0]
             for line in told(arena) if arena else ():
                 print(f"arena:   {line}")

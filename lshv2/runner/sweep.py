@@ -41,7 +41,8 @@ def run_sweep(
     if not yes:
         there = rows_of(run_dir)
         todo = [job for job in jobs if missing(job, there)]
-        check_arena_time(training_flops(todo), len(todo), command=command)
+        small = "" if planned.arena.small else "PRESET=quick"
+        check_arena_time(training_flops(todo), len(todo), command=command, small=small)
     run = open_run(run_dir, **settings)
     with hold(run.path, command):
         (run.path / "notebooks" / "sweep").mkdir(parents=True, exist_ok=True)
