@@ -23,7 +23,7 @@ from lshv2.tolerant import NAN
 
 LONGEST = 131_072
 LENGTHS = tuple(1 << e for e in range(10, 18))  # "every length": 1,024 to LONGEST
-DEPTHS, SEEDS, SEQUENCES = 10, 3, 50
+DEPTHS, SEEDS, SEQUENCES, PROCESSES = 10, 3, 50, 3
 LISTOPS = 2001  # tokens: the Long Range Arena's trees, all of them
 DENSE = ("dense", "dense_scaled")
 HOPPER = ("cuda (NVIDIA H200)", "cuda (NVIDIA H100 80GB HBM3)")  # one chip, with more and faster memory or less
@@ -253,5 +253,5 @@ def _fits(benchmark: Benchmark | None, measure: str) -> tuple[list[Fit], str]:
     counts = [int(n) for row in rows if (n := row.get("n_processes")) > 0]
     if counts:  # three are what a claim should rest on
         said += f"; processes a case: {' to '.join(str(n) for n in dict.fromkeys((min(counts), max(counts))))}"
-        said += f" of {SEEDS} wanted" if min(counts) < SEEDS else ""
+        said += f" of {PROCESSES} wanted" if min(counts) < PROCESSES else ""
     return fits, said

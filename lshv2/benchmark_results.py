@@ -109,7 +109,7 @@ class Benchmark:
     fixed_tokens: Benchmark | None = None
     tokens: float = NAN  # of every row, in `fixed_tokens`
     environment: dict[str, Any] = field(default_factory=dict)  # `torch`, `commit`; empty in older files
-    of: str = ""  # what was measured: weights, tokens, what the backward computes again
+    conditions: str = ""  # weights, tokens, what the backward computes again
 
 
 Numbers = TypeVar("Numbers", Fit, FixedPart)
@@ -121,7 +121,7 @@ def read_benchmark(run: Path) -> tuple[Benchmark | None, Problems]:
     if problems:
         return None, problems
     benchmark, problems = _layout(content, content, name, a_sequence=False)
-    benchmark = replace(benchmark, environment=mapping(content, "environment"), of=_of(content))
+    benchmark = replace(benchmark, environment=mapping(content, "environment"), conditions=_conditions(content))
     again = mapping(content, "fixed_tokens")
     if not again:
         return benchmark, problems
@@ -129,7 +129,7 @@ def read_benchmark(run: Path) -> tuple[Benchmark | None, Problems]:
     return replace(benchmark, fixed_tokens=fixed if fixed.rows else None), (*problems, *more)
 
 
-def _of(content: dict[str, Any]) -> str:
+def _conditions(content: dict[str, Any]) -> str:
     """`untrained weights, random tokens, gradient_checkpoint=True`, as far as the file says so."""
     weights, tokens, again = (content.get(key) for key in ("weights", "tokens", "gradient_checkpoint"))
     parts = [text(weights, 80).replace("untrained", "untrained weights")] if weights else []

@@ -94,7 +94,7 @@ def _part(entry: Entry) -> str | None:
     manifest, _ = read_manifest(entry.path)
     origin = made_by(manifest.environment if manifest else benchmark.environment)
     unfinished = "" if benchmark.state == "done" else "; the benchmark was not finished"
-    measured = ", ".join(filter(None, (benchmark.device, benchmark.dtype, benchmark.of, origin)))
+    measured = ", ".join(filter(None, (benchmark.device, benchmark.dtype, benchmark.conditions, origin)))
     head = f"**[{entry.key}](runs/{entry.key})**: {measured}{unfinished}"
     return "\n\n".join([head, _table(benchmark), _exponents(benchmark), *([manifest.verdict] if manifest else [])])
 

@@ -18,7 +18,7 @@ from lshv2.arena.phase import publish
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.recipes import ATTENTIONS
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import Job, missing, plan, rows_of, training_flops
+from lshv2.arena.study import Job, plan, training_flops, unfinished
 from lshv2.arena.sweep import TASKS as SWEPT
 from lshv2.arena.sweep import sweep_jobs
 from lshv2.arena.trial import try_draws
@@ -34,12 +34,12 @@ def main() -> None:
         jobs = _jobs(arguments)
         command = shlex.join(["python", "-m", "lshv2.arena", *sys.argv[1:]])
         if not arguments.yes:
-            todo = _todo(jobs, arguments.out)
+            todo = unfinished(jobs, arguments.out)
             small = "" if arguments.small else "--small"
             check_arena_time(training_flops(todo), len(todo), command=command, yes="--yes", small=small)
         out = _writable(arguments.out)
         with hold(out, command):
-            try_draws(_todo(jobs, out), out / "arena")
+            try_draws(unfinished(jobs, out), out / "arena")
             gpus = (visible_gpus() or [""]) * arguments.jobs_a_gpu
             left = run_pool(jobs, out, gpus, arguments.time_limit, command)
             publish(out)
@@ -53,11 +53,6 @@ def main() -> None:
     if left:
         sys.exit(f"{left} of {len(jobs)} jobs are left, those that FAILED above or were not started in time: the same "
                  "command tries them again")
-
-
-def _todo(jobs: list[Job], folder: Path) -> list[Job]:
-    rows = rows_of(folder)
-    return [job for job in jobs if missing(job, rows)]
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -13,7 +13,7 @@ from lshv2.arena.job import run_job
 from lshv2.arena.pool import run_pool, visible_gpus
 from lshv2.arena.recipes import ATTENTIONS, Attention
 from lshv2.arena.registry import load_plugins, task_names
-from lshv2.arena.study import ARENA, Job, Row, missing, named, plan, rows_of
+from lshv2.arena.study import ARENA, Job, Row, missing, named, plan, rows_of, unfinished
 from lshv2.arena.sweep import Point, job_of
 from lshv2.arena.trial import try_draws
 from lshv2.arena_plots import write_pictures
@@ -56,8 +56,7 @@ def run_arena(run: Run) -> list[dict[str, Any]]:
     """
     began, jobs = time.time(), jobs_of(run.settings)
     _forget_replaced(run)
-    there = rows_of(run.path)
-    todo = [job for job in jobs if missing(job, there)]
+    todo = unfinished(jobs, run.path)
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} models are trained and judged already")
     try_draws(todo, run.path / "arena")

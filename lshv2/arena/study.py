@@ -173,6 +173,12 @@ def missing(job: Job, rows: dict[tuple[Any, ...], Row], since: float = math.inf)
     return [each for each in wanted if each not in there]
 
 
+def unfinished(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """Those of which something is `missing` there."""
+    rows = rows_of(folder)
+    return [job for job in jobs if missing(job, rows)]
+
+
 def named(job: Job, setting: str) -> str:
     """What a row's `setting` says: how the model differs, and what the judging changed."""
     return ", ".join(part for part in (job.label, setting, f"sequences {job.asked}" if job.asked else "") if part)

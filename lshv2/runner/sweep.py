@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lshv2.arena.phase import job_of_point
-from lshv2.arena.study import missing, rows_of, training_flops
+from lshv2.arena.study import missing, rows_of, training_flops, unfinished
 from lshv2.arena.sweep import POINTS, TASKS, Point
 from lshv2.arena.trial import try_draws
 from lshv2.errors import UserError
@@ -39,8 +39,7 @@ def run_sweep(
     jobs = [job_of_point(planned, *one) for one in every]
     try_draws(jobs, None)
     if not yes:
-        there = rows_of(run_dir)
-        todo = [job for job in jobs if missing(job, there)]
+        todo = unfinished(jobs, run_dir)
         small = "" if planned.arena.small else "PRESET=quick"
         check_arena_time(training_flops(todo), len(todo), command=command, small=small)
     run = open_run(run_dir, **settings)
