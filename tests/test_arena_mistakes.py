@@ -192,6 +192,12 @@ def test_hours_on_a_cpu_are_said_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
     small = str(arena(*full, "--small", "--steps", "100000000", monkeypatch=monkeypatch))
     assert small.endswith("--small --steps 100000000 --yes"), "it has laptop sizes already"
+    (tmp_path / "there").mkdir()
+    job, = plan(["uuid_needle"], ("lsh",), (0,))
+    for length in job.lengths:
+        append_jsonl(tmp_path / "there" / ARENA, {"task": job.task, "model": job.model, "seed": 0, "setting": "",
+                     "seq_len": length, "trained_as": job.trained_as, "sequences": job.recipe.sequences, "value": 1.0})
+    assert arena(tmp_path / "there", *full[1:], monkeypatch=monkeypatch) == 0, "all of it is there"
     left = str(arena(*full, "--yes", "--time-limit", "0", "--lengths", "64", monkeypatch=monkeypatch))
     assert left.startswith("1 of 1 jobs are left")
 
